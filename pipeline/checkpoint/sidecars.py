@@ -1,0 +1,60 @@
+"""Everything beside the weights: small files byte for byte, config.json with its new section, the index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.source import INDEX, Checkpoint, SourceError
+from pipeline.checkpoint.writer import write_file
+from pipeline.plan import Plan
+
+SECTION = "quantization_config"
+
+
+def carry_files(checkpoint: Checkpoint, target: Path) -> None:
+    """Copy tokenizer, processor, chat template and all other small files as they are, config.json excepted."""
+    for name in checkpoint.sidecars:
+        if name != "config.json":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.root / name, target / name)
+
+
+def config_with(text: str, section: dict[str, Any]) -> str:
+    """A config.json with the quantization section put before its last brace; every other byte stays.
+
+    Args:
+        text: of the source's config.json, an object without such a section.
+        section: the value of ``quantization_config``.
+    """
+    config = json.loads(text)
+    if SECTION in config:
+        raise SourceError(f"config.json: it has a {SECTION} already")
+    head = text.rstrip()
+    assert head.endswith("}")
+    tail = text[len(head) :]
+    head = head[:-1].rstrip()
+    value = json.dumps(section, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+    result = f'{head}{"," if config else ""}\n  "{SECTION}": {value}\n}}{tail}'
+    changed = json.loads(result)
+    assert changed.pop(SECTION) == json.loads(json.dumps(section)) and changed == config
+    return result
+
+
+def write_config(plan: Plan, target: Path) -> None:
+    """Write config.json: the source's with the backend's section."""
+    text = (plan.checkpoint.root / "config.json").read_text(encoding="utf-8")
+    section = plan.backend.config_section(plan.selection)
+    write_file(target / "config.json", config_with(text, section).encode())
+
+
+def write_index(plan: Plan, target: Path) -> None:
+    """Write the index: total size in bytes and the shard of every tensor, by name, as transformers does."""
+    names = sorted(plan.outputs)
+    index = {
+        "metadata": {"total_size": sum(output.nbytes for output in plan.outputs.values())},
+        "weight_map": {name: plan.shards[plan.outputs[name].shard].name for name in names},
+    }
+    write_file(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())

@@ -1,0 +1,306 @@
+"""A checkpoint on disk as the plan sees it: shards, headers, config and small files. No tensor is read here.
+
+The format of a shard is safetensors': eight bytes little-endian length N, N bytes of JSON header,
+then the tensors' bytes without holes (https://github.com/huggingface/safetensors#format). Headers are
+read here and not through the library, because the plan needs every tensor's place in its file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+INDEX = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz")
+MAX_SIDECAR_BYTES = 64 << 20
+
+
+class SourceError(PipelineError):
+    """The checkpoint cannot be used as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor as its shard's header describes it.
+
+    Attributes:
+        name: the hub's name.
+        dtype: safetensors' word for it, e.g. ``BF16``.
+        shape: outermost first; ``()`` is a scalar.
+        shard: index into `Checkpoint.shards`.
+        offset: of its first byte in the shard's file.
+        nbytes: its length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file.
+
+    Attributes:
+        name: the file's name.
+        path: where it is; None for a shard whose header was read from the hub and that is not here yet.
+        size: in bytes.
+        header_sha256: of the JSON header, part of a run's identity.
+        modified: mtime in ns, 0 where the hub's commit already names the content.
+    """
+
+    name: str
+    path: Path | None
+    size: int
+    header_sha256: str
+    modified: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything known of a checkpoint before its first tensor is read."""
+
+    label: str  # as the recipe names it
+    root: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: dict[str, Tensor]  # in file order: shard by shard, by offset
+    sidecars: tuple[str, ...]  # relative names of small files to carry
+    left_behind: tuple[tuple[str, str], ...]  # (relative name, why it is not carried)
+    revision: str | None = None  # the hub's commit
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # __metadata__ of each shard
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+def open_checkpoint(root: Path, label: str | None = None, revision: str | None = None) -> Checkpoint:
+    """Read config, index and all headers of a checkpoint directory.
+
+    Raises:
+        SourceError: one line, with the file, what is wrong and what to do.
+    """
+    label = label or str(root)
+    config = read_config(root)
+    names = _shard_names(root)
+    shards, tensors, metadata = [], {}, {}
+    for position, (name, expected) in enumerate(names.items()):
+        path = root / name
+        shard, found, notes = read_header(path, position, dated=revision is None)
+        shards.append(shard)
+        metadata[name] = notes
+        if expected is not None:
+            _compare_with_index(path, set(found), expected)
+        for tensor in found.values():
+            if tensor.name in tensors:
+                other = shards[tensors[tensor.name].shard].name
+                raise SourceError(f"{path}: tensor {tensor.name} is in {other} as well; remove one of the two files")
+            tensors[tensor.name] = tensor
+    if not tensors:
+        raise SourceError(f"{root}: the shards hold no tensors")
+    sidecars, left = _sidecars(root)
+    return Checkpoint(label, root, config, tuple(shards), tensors, sidecars, left, revision, metadata)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a SourceError that names the file and the place of the mistake."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: byte {error.start} is not UTF-8; the file is damaged, fetch it again") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{path}: this is not JSON ({error}); the file is damaged, fetch it again") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+    return value
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    if not root.is_dir():
+        raise SourceError(f"{root}: no such directory; model.source is a directory with a checkpoint, or a hub id")
+    path = root / "config.json"
+    if not path.exists():
+        raise SourceError(f"{root}: there is no config.json; model.source must be a Hugging Face checkpoint")
+    return read_json(path)
+
+
+def parse_index(path: Path) -> dict[str, set[str]]:
+    """The index as shard name → tensor names, in the order of the shards' names.
+
+    Raises:
+        SourceError: also for a shard name that leads out of the directory.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{path}: it has no weight_map; fetch the index again")
+    shards: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise SourceError(
+                f"{path}: {tensor} is said to be in {name!r}, which is not a file of this directory; "
+                "do not trust this checkpoint, fetch the index again"
+            )
+        if not name.endswith(".safetensors"):
+            raise SourceError(f"{path}: {tensor} is in {name}, which is not a safetensors file; {_PICKLE_WAY_OUT}")
+        shards.setdefault(name, set()).add(tensor)
+    return {name: shards[name] for name in sorted(shards)}
+
+
+_PICKLE_WAY_OUT = (
+    "pickled weights can run code when they are loaded and are refused; convert them once where you trust them: "
+    "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+)
+
+
+def _shard_names(root: Path) -> dict[str, set[str] | None]:
+    present = sorted(path.name for path in root.glob("*.safetensors"))
+    index = root / INDEX
+    if not index.exists():
+        if not present:
+            pickles = sorted(p.name for p in root.iterdir() if p.suffix in PICKLE_SUFFIXES)
+            if pickles:
+                raise SourceError(f"{root}: the weights are pickles ({pickles[0]}): {_PICKLE_WAY_OUT}")
+            raise SourceError(f"{root}: there are no .safetensors files; is the download complete?")
+        if len(present) > 1:
+            listed = f"{', '.join(present[:3])}{', ...' if len(present) > 3 else ''}"
+            raise SourceError(f"{root}: {len(present)} shards ({listed}) but no {INDEX}; fetch the index as well")
+        return {present[0]: None}
+    indexed = parse_index(index)
+    missing = [name for name in indexed if name not in present]
+    if missing:
+        raise SourceError(
+            f"{root}: the index names {len(missing)} shard(s) that are not there, first {missing[0]}; "
+            "complete the download"
+        )
+    extra = [name for name in present if name not in indexed]
+    if extra:
+        twice = " (Mistral's own format: the same weights once more)" if extra[0].startswith("consolidated") else ""
+        raise SourceError(
+            f"{root}: {', '.join(extra[:3])}{twice} is not in {INDEX}; servers may load it too: "
+            "move it away, or name a directory without it"
+        )
+    return dict(indexed)
+
+
+def _compare_with_index(path: Path, found: set[str], expected: set[str]) -> None:
+    if lost := sorted(expected - found):
+        raise SourceError(f"{path}: the index promises {lost[0]} here (and {len(lost) - 1} more), the file has it not")
+    if extra := sorted(found - expected):
+        raise SourceError(f"{path}: {extra[0]} (and {len(extra) - 1} more) is in the file but not in the index")
+
+
+def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shard, dict[str, Tensor], dict[str, str]]:
+    """A shard's header, checked against the file's length.
+
+    Args:
+        path: of the safetensors file.
+        position: goes into each tensor's `shard`.
+        dated: whether the file's mtime is part of what identifies it.
+
+    Returns:
+        The shard, its tensors by name in the order of their offsets, and its ``__metadata__``.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            size, prefix = status.st_size, file.read(8)
+            if len(prefix) < 8:
+                raise SourceError(f"{path}: the file has {size} bytes, no safetensors header; fetch it again")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise SourceError(
+                    f"{path}: the header claims {length:,} bytes in a file of {size:,}; the file is damaged or "
+                    "truncated, fetch it again"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    tensors, metadata = parse_header(raw, str(path), size, position)
+    shard = Shard(path.name, path, size, hashlib.sha256(raw).hexdigest(), status.st_mtime_ns if dated else 0)
+    return shard, tensors, metadata
+
+
+def parse_header(raw: bytes, where: str, size: int, position: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A JSON header of a file of `size` bytes as tensors in the order of their offsets, and its metadata."""
+    damaged = "the header is damaged, fetch the file again"
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise SourceError(f"{where}: {damaged} (it is not JSON)") from None
+    if not isinstance(header, dict):
+        raise SourceError(f"{where}: {damaged} (it is not an object)")
+    metadata = header.pop("__metadata__", None) or {}
+    start, entries = 8 + len(raw), []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError):
+            whole = False
+        if not whole:
+            raise SourceError(f"{where}: {damaged} (the entry of {name!r} is malformed)")
+        if dtype not in DTYPE_BYTES:
+            raise SourceError(f"{where}: {name} has dtype {dtype!r}, which is not known here; use a BF16 checkpoint")
+        count = DTYPE_BYTES[dtype]
+        for n in shape:
+            count *= n
+        if end - begin != count:
+            raise SourceError(f"{where}: {damaged} ({name}: {end - begin} bytes for {dtype} {list(shape)})")
+        entries.append(Tensor(name, dtype, shape, position, start + begin, count))
+    entries.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    expected = start
+    for tensor in entries:
+        if tensor.offset != expected:
+            raise SourceError(f"{where}: {damaged} (a hole or an overlap before {tensor.name})")
+        expected += tensor.nbytes
+    if expected > size:
+        raise SourceError(
+            f"{where}: the file ends after {size:,} of {expected:,} bytes; it is truncated, fetch it again"
+        )
+    if expected < size:
+        raise SourceError(f"{where}: {size - expected:,} bytes follow the last tensor; fetch the file again")
+    return {tensor.name: tensor for tensor in entries}, metadata
+
+
+def _sidecars(root: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Small files to carry, and the rest with the reason. Hidden files and earlier results are neither."""
+    carried, left = [], []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = path.relative_to(root).as_posix()
+        first = name.split("/")[0]
+        if any(part.startswith(".") for part in name.split("/")) or name == INDEX or first == "quantize":
+            continue
+        if path.parent == root and path.suffix == ".safetensors":
+            continue
+        if path.suffix in WEIGHT_SUFFIXES or ".safetensors" in path.name:
+            left.append((name, "weights in another format"))
+        elif first == "original":
+            left.append((name, "the vendor's own format"))
+        elif name in ("README.md", "hf_quant_config.json"):
+            left.append((name, "the result has its own"))
+        elif path.stat().st_size > MAX_SIDECAR_BYTES:
+            left.append((name, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB"))
+        else:
+            carried.append(name)
+    return tuple(carried), tuple(left)

@@ -1,0 +1,155 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import PipelineError, UsageError, explain_os_error
+
+DEFAULT_COMMAND = "run"
+
+
+class RecipeFirst(click.Group):
+    """`quantize recipe.yaml` means `quantize run recipe.yaml`; every other word is a command's name."""
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            looks_like_recipe = args[0].endswith((".yaml", ".yml")) or Path(args[0]).exists() or "/" in args[0]
+            if looks_like_recipe or args[0].startswith("-"):
+                return super().resolve_command(context, [DEFAULT_COMMAND, *args])
+        return super().resolve_command(context, args)
+
+
+@click.group(
+    cls=RecipeFirst,
+    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
+    epilog="Exit status: 0 done; 1 failed, nothing published; 2 the recipe or the command line is wrong; "
+    "75 interrupted after a clean save, run again to go on.",
+)
+@click.version_option(__version__, prog_name="quantize")
+def main() -> None:
+    """Convert a BF16 checkpoint into an FP8 one that vLLM serves.
+
+    \b
+    quantize RECIPE [KEY=VALUE ...]        convert, verify, publish
+    quantize plan RECIPE [KEY=VALUE ...]   what would happen, without reading a tensor
+
+    KEY is a dotted key of the recipe, for instance output=/nvme/out or model.source=/models/x.
+    """
+
+
+RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+
+
+@main.command(name=DEFAULT_COMMAND)
+@RECIPE
+@OVERRIDES
+@click.option("--fresh", is_flag=True, help="Start over: throw away a stopped run, replace an earlier result.")
+def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+    """Convert a checkpoint as RECIPE says (the word `run` may be left out)."""
+    from pipeline import recipe as recipes
+    from pipeline import runner
+    from pipeline.report.console import Console
+
+    console = Console()
+    outcome = _guarded(lambda: runner.run(recipes.load(recipe, overrides), console, fresh))
+    console.show_outcome(outcome)
+
+
+@main.command()
+@RECIPE
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON: every tensor, every place.")
+def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show every tensor's fate, the output's shards and the memory needed, from headers alone."""
+    from pipeline import plan as plans
+    from pipeline import recipe as recipes
+    from pipeline.checkpoint import hub
+
+    def make() -> plans.Plan:
+        wanted = recipes.load(recipe, overrides)
+        made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
+        output = Path(wanted.output).expanduser().absolute()
+        plans.check_disk(made, output, output.with_name(output.name + ".partial"))
+        return made
+
+    made = _guarded(make)
+    if as_json:
+        json.dump(plans.as_json(made), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+        return
+    from pipeline.report.console import Console
+
+    Console().show_plan_table(made)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--source", help="What it was made from: a directory or a hub id.")
+@click.option("--revision", help="Of a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def verify(checkpoint: Path, source: str | None, revision: str | None, as_json: bool) -> None:
+    """Check a quantized checkpoint: structure, recorded hashes and, with --source, every tensor's account."""
+    from pipeline.checkpoint import hub
+    from pipeline.serving.verify import check_structure
+
+    report = _guarded(
+        lambda: check_structure(checkpoint, hub.resolve(source, revision) if source else None, contents=True)
+    )
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        from pipeline.report.console import Console
+
+        Console().show_report(report)
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="trace.json", show_default=True)
+def trace(checkpoint: Path, output: Path) -> None:
+    """Write a run's timings as a trace that opens in Perfetto (ui.perfetto.dev). CHECKPOINT may be a .partial."""
+    from pipeline.events import chrome_trace, read_events
+
+    events = checkpoint / "quantize" / "events.jsonl"
+    if not events.exists():
+        _fail(UsageError(f"{events}: no such file; a run of this program leaves it in its output"))
+    made = _guarded(lambda: chrome_trace(read_events(events)))
+    _guarded(lambda: output.write_text(json.dumps(made), encoding="utf-8"))
+    click.echo(f"{output}: {len(made['traceEvents'])} events; open it at ui.perfetto.dev")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from pipeline.recipe import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _guarded(call: Any) -> Any:
+    """Run a command's work; what the user can mend becomes text and an exit status, never a traceback."""
+    try:
+        return call()
+    except PipelineError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
+        sys.exit(75)
+    except OSError as error:
+        _fail(PipelineError(explain_os_error(error, "this command")))
+
+
+def _fail(error: PipelineError) -> NoReturn:
+    for line in str(error).splitlines():
+        click.echo(line if error.exit_status == 75 or line.startswith(" ") else f"error: {line}", err=True)
+    sys.exit(error.exit_status)

@@ -1,0 +1,139 @@
+"""One append-only record of a run, quantize/events.jsonl; progress, timings and traces are views of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+STAGES = ("read", "quantize", "write")
+
+
+class EventLog:
+    """Appends events as JSON lines, each with seconds since the epoch; safe from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _end_last_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        line = json.dumps({"time": round(time.time(), 6), "event": event, **fields}, separators=(",", ":"))
+        with self._lock:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Make the record durable."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _end_last_line(path: Path) -> None:
+    """A kill may have torn the last line; what follows must not be glued to it."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a record, without lines that a kill tore."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has had.
+
+    Linux counts ru_maxrss through exec, so that a child begins with its parent's peak; VmHWM does not.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def layer_timings(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per layer, over all runs of a record: seconds in each stage, bytes read and written, RSS; slowest first."""
+    layers: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event.get("event") != "piece":
+            continue
+        row = layers.setdefault(
+            event["label"],
+            {"layer": event["label"], "read_s": 0.0, "quantize_s": 0.0, "write_s": 0.0, "bytes_read": 0,
+             "bytes_written": 0, "rss_bytes": 0},
+        )  # fmt: skip
+        for stage in STAGES:
+            begin, end = event[stage]
+            row[f"{stage}_s"] += end - begin
+        row["bytes_read"] += event["bytes_read"]
+        row["bytes_written"] += event["bytes_written"]
+        row["rss_bytes"] = max(row["rss_bytes"], event["rss_bytes"])
+    for row in layers.values():
+        for stage in STAGES:
+            row[f"{stage}_s"] = round(row[f"{stage}_s"], 6)
+    return sorted(layers.values(), key=lambda row: -sum(row[f"{stage}_s"] for stage in STAGES))
+
+
+def chrome_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The record in Chrome's trace event format, which Perfetto (ui.perfetto.dev) opens.
+
+    Complete events ("ph": "X") with microseconds; a row a stage and thread. Format: "Trace Event Format",
+    https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+    """
+    rows: dict[tuple[str, str], int] = {}
+    trace: list[dict[str, Any]] = []
+    for event in events:
+        if event.get("event") == "piece":
+            for stage in STAGES:
+                begin, end = event[stage]
+                thread = event["thread"] if stage == "quantize" else ""
+                row = rows.setdefault((stage, thread), len(rows) + 1)
+                trace.append({
+                    "name": event["label"], "cat": stage, "ph": "X", "pid": 1, "tid": row,
+                    "ts": round(begin * 1e6), "dur": max(1, round((end - begin) * 1e6)),
+                    "args": {"tensor": event["tensor"], "bytes_read": event["bytes_read"],
+                             "bytes_written": event["bytes_written"]},
+                })  # fmt: skip
+            trace.append({"name": "RSS", "ph": "C", "pid": 1, "ts": round(event["write"][1] * 1e6),
+                          "args": {"MB": event["rss_bytes"] / 1e6}})  # fmt: skip
+        elif event.get("event") == "unit":
+            row = rows.setdefault(("flush", ""), len(rows) + 1)
+            begin, end = event["flush"]
+            trace.append({"name": f"unit {event['unit']}", "cat": "flush", "ph": "X", "pid": 1, "tid": row,
+                          "ts": round(begin * 1e6), "dur": max(1, round((end - begin) * 1e6))})  # fmt: skip
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": row, "args": {"name": f"{stage} {thread}".strip()}}
+        for (stage, thread), row in rows.items()
+    ]
+    return {"traceEvents": names + trace, "displayTimeUnit": "ms"}

@@ -1,0 +1,161 @@
+"""Finished units and who may go on: OUTPUT.partial/quantize/journal.jsonl, and the lock beside it.
+
+The first line is the run's identity; each further line is a unit whose bytes are on the device, with the
+hashes of its pieces. A line is written and flushed after the bytes it speaks of, so a kill at any moment
+leaves either the line and the bytes, or neither counts. A torn last line is cut off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.plan import differences
+
+JOURNAL = "quantize/journal.jsonl"
+LOCK = "quantize/lock"
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The SHA-256 of a run of bytes of one output tensor."""
+
+    tensor: str
+    offset: int  # in the output shard's file
+    nbytes: int
+    sha256: str
+
+
+class Journal:
+    """The journal of one OUTPUT.partial, locked for as long as it is open."""
+
+    def __init__(self, partial: Path, file: int, lock: int, done: dict[int, list[Digest]]) -> None:
+        self.partial = partial
+        self.done = done
+        self._file = file
+        self._lock = lock
+
+    @classmethod
+    def open(cls, partial: Path, identity: dict[str, Any], fresh: bool = False) -> Journal:
+        """Lock `partial`, making it if need be, and read what is finished.
+
+        Args:
+            partial: the directory under construction.
+            identity: this run's; a journal of another identity is refused.
+            fresh: throw away what is there.
+
+        Raises:
+            PipelineError: another process holds the lock.
+            UsageError: the journal belongs to another run; the text names the fields that differ.
+        """
+        (partial / "quantize").mkdir(parents=True, exist_ok=True)
+        lock = _lock(partial)
+        try:
+            if fresh:
+                _empty(partial)
+            path = partial / JOURNAL
+            done = _read(path, identity, partial)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if os.fstat(file).st_size == 0:
+                _append(file, {"identity": identity})
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(partial, file, lock, done)
+
+    def finish(self, unit: int, digests: list[Digest]) -> None:
+        """Record a unit whose bytes are flushed."""
+        rows = [[digest.tensor, digest.offset, digest.nbytes, digest.sha256] for digest in digests]
+        _append(self._file, {"unit": unit, "pieces": rows})
+        self.done[unit] = digests
+
+    def close(self) -> None:
+        """Close the journal and give up the lock."""
+        os.close(self._file)
+        os.close(self._lock)
+
+
+def read_identity(directory: Path) -> dict[str, Any] | None:
+    """The identity of the run that made, or is making, this directory; None if no run of ours did."""
+    for name in (JOURNAL, "quantize/identity.json"):
+        try:
+            with (directory / name).open(encoding="utf-8") as file:
+                entry = json.loads(file.readline() if name == JOURNAL else file.read())
+        except (OSError, ValueError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("identity"), dict):
+            return dict(entry["identity"])
+    return None
+
+
+def _append(file: int, entry: dict[str, Any]) -> None:
+    line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    while line:
+        line = line[os.write(file, line) :]
+    os.fsync(file)
+
+
+def _lock(partial: Path) -> int:
+    """An exclusive lock on the directory; the kernel drops it with the process, however that ends."""
+    path = partial / LOCK
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.fstat(lock).st_ino == os.stat(path).st_ino  # else the other run published and moved it meanwhile
+    except (BlockingIOError, FileNotFoundError):
+        same = False
+    if not same:
+        os.close(lock)
+        raise PipelineError(f"{partial}: another run is writing here; wait for it, or choose another output")
+    return lock
+
+
+def _empty(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.name == "quantize":
+            for inner in path.iterdir():
+                if inner.name != "lock":
+                    shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read(path: Path, identity: dict[str, Any], partial: Path) -> dict[int, list[Digest]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        _refuse_strangers(partial)
+        return {}
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) != len(raw):
+        os.truncate(path, len(whole))  # a kill tore the last line
+    lines = whole.splitlines()
+    if not lines:
+        return {}
+    try:
+        entries = [json.loads(line) for line in lines]
+        found = entries[0]["identity"]
+        done = {entry["unit"]: [Digest(*row) for row in entry["pieces"]] for entry in entries[1:]}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path}: the journal is damaged; start over with --fresh") from None
+    if found != json.loads(json.dumps(identity)):
+        changed = "\n".join(f"  {line}" for line in differences(found, json.loads(json.dumps(identity))))
+        raise UsageError(
+            f"{partial}: another run began this; it differs in\n{changed}\nrun that recipe again to go on with it, "
+            "choose another output, or start over with --fresh"
+        )
+    return done
+
+
+def _refuse_strangers(partial: Path) -> None:
+    strange = sorted(path.name for path in partial.iterdir() if path.name != "quantize")
+    if strange:
+        raise UsageError(f"{partial}: it holds {strange[0]}, but no journal of ours; move it away, or use --fresh")

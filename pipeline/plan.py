@@ -1,0 +1,540 @@
+"""The plan: every source tensor's fate and every output byte's place, before the first tensor is read.
+
+Made from the config and the headers alone. A fate is ``quantize``, ``copy`` or ``drop``, with a reason.
+Output shards are laid out completely: the stream only fills in bytes. Pieces are what one thread reads,
+computes and hands to the writer; units of pieces are what the journal records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import __version__
+from pipeline.backends.base import Backend
+from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
+from pipeline.errors import PipelineError, UsageError
+from pipeline.model.selection import REASONS, ExpertLayout, Selection, expert_modules, select
+from pipeline.recipe import Recipe, not_yet_built
+
+PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
+UNIT_BYTES = 128 << 20  # of output: what a kill can cost
+BASE_MEMORY = 120 << 20  # the process before its first buffer, measured with room to spare
+
+Fate = Literal["quantize", "copy", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the result: its place in output shard `shard`, `offset` from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    shard: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """A file of the result: its whole header is known."""
+
+    name: str
+    header: bytes  # with the length prefix
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """`nbytes` of a piece's result, from `start`, belong at `offset` of output shard `shard`, in `tensor`."""
+
+    start: int
+    nbytes: int
+    shard: int
+    offset: int
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A contiguous range of the source and what becomes of it.
+
+    ``kind`` copy: the result is the range. ``kind`` quantize: the range is a ``rows x columns`` array of `dtype`
+    (``columns x rows`` if `transposed`), the result is its scales, then its codes.
+    """
+
+    unit: int
+    label: str
+    tensor: str
+    shard: int
+    offset: int
+    nbytes: int
+    kind: Literal["copy", "quantize"]
+    dtype: str
+    rows: int
+    columns: int
+    transposed: bool
+    first_row: int
+    writes: tuple[Write, ...]
+
+    @property
+    def result_nbytes(self) -> int:
+        return sum(write.nbytes for write in self.writes)
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """What happens to one source tensor, and why."""
+
+    tensor: Tensor
+    fate: Fate
+    reason: str
+    component: str
+    layer: int | None
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's text."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    backend: Backend
+    selection: Selection
+    fates: dict[str, TensorFate]
+    outputs: dict[str, OutputTensor]
+    shards: tuple[OutputShard, ...]
+    pieces: tuple[Piece, ...]
+    identity: dict[str, Any]
+    threads: int
+    warnings: tuple[str, ...]
+
+    @property
+    def output_nbytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def units(self) -> int:
+        return self.pieces[-1].unit + 1 if self.pieces else 0
+
+    @property
+    def in_flight(self) -> int:
+        """Pieces in memory at once: one a thread, and a few read ahead and waiting for the disk."""
+        return self.threads + 5
+
+    @property
+    def peak_memory(self) -> int:
+        """An upper bound in bytes: buffers for the largest piece, as read, as transposed and as written, in flight."""
+        largest = max((max(p.nbytes, p.result_nbytes) for p in self.pieces), default=0)
+        buffers = 3 if any(p.transposed for p in self.pieces) else 2
+        return BASE_MEMORY + self.in_flight * largest * buffers
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """Decide everything.
+
+    Raises:
+        UsageError: the recipe asks for what this checkpoint, or this version, cannot give.
+        SourceError: the checkpoint cannot be converted; the text says what to do.
+    """
+    if missing := not_yet_built(recipe):
+        raise UsageError("\n".join(missing))
+    _refuse_quantized(checkpoint)
+    backend = FP8Dynamic()
+    selection = select(checkpoint, recipe.ignore)
+    drafts = list(_draft(checkpoint, selection, backend))
+    outputs, shards = _lay_out(drafts, recipe.shard_bytes)
+    pieces = tuple(_cut(checkpoint, drafts, outputs))
+    fates = {draft.fate.tensor.name: draft.fate for draft in drafts}
+    _check_accounts(checkpoint, fates, outputs, pieces)
+    threads = recipe.runtime.threads or min(8, os.cpu_count() or 1)
+    identity = _identity(recipe, checkpoint, backend, shards)
+    warnings = list(selection.warnings)
+    if recipe.verify != "structure":
+        warnings.append(
+            f"verify: {recipe.verify} needs vLLM, which this version does not drive yet; the structure is verified, "
+            "the result is not proven in vLLM"
+        )
+    if recipe.runtime.device == "cuda":
+        warnings.append("runtime.device: cuda is not used: this path needs no data and the disk sets its pace")
+    return Plan(
+        recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, identity, threads, tuple(warnings)
+    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    section = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    for part in ("text_config", "llm_config", "language_config"):
+        nested = checkpoint.config.get(part)
+        section = section or (nested.get("quantization_config") if isinstance(nested, dict) else None)
+    if section:
+        method = section.get("quant_method", "?") if isinstance(section, dict) else "?"
+        raise SourceError(
+            f"{checkpoint.label}: this checkpoint is quantized already ({method}); a second rounding only loses: "
+            "name the BF16 original as model.source"
+        )
+
+
+# --- fates -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A contiguous range of a source tensor that is read as one array, and the modules it becomes."""
+
+    offset: int  # from the tensor's first byte
+    modules: tuple[tuple[str, int, int], ...]  # module, rows, columns, one under the other; empty: a copy
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class _Draft:
+    fate: TensorFate
+    blocks: tuple[_Block, ...]
+    # for each group that must share a shard: (name, dtype, shape)
+    groups: tuple[tuple[tuple[str, str, tuple[int, ...]], ...], ...]
+
+
+def _draft(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
+    tied = _tied(checkpoint.config)
+    for name, tensor in checkpoint.tensors.items():
+        choice = selection.choices[name]
+        reason = REASONS[choice.role]
+        if choice.role == "head" and tied:
+            reason = "tied to the embedding (tie_word_embeddings): loaders use that and skip this one"
+            yield _Draft(TensorFate(tensor, "drop", reason, choice.component, None, ()), (), ())
+            continue
+        if choice.role not in ("linear", "experts"):
+            group = ((name, tensor.dtype, tensor.shape),)
+            fate = TensorFate(tensor, "copy", reason, choice.component, choice.layer, (name,))
+            yield _Draft(fate, (_Block(0, ()),), (group,))
+            continue
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"{name}: a {tensor.dtype} weight; BF16, F16 and F32 are quantized here, use the original checkpoint"
+            )
+        if choice.role == "linear":
+            rows, columns = tensor.shape
+            blocks = [_Block(0, ((name.removesuffix(".weight"), rows, columns),))]
+        else:
+            block, _, kind = name.rpartition(".")
+            layout = selection.expert_layouts[block]
+            blocks = list(_expert_blocks(tensor, block, kind, layout))
+        groups = []
+        for part in blocks:
+            for module, rows, columns in part.modules:
+                specs = backend.outputs(tensor.dtype, rows, columns)
+                groups.append(tuple((f"{module}.{spec.suffix}", spec.dtype, spec.shape) for spec in specs))
+        names = tuple(output for group in groups for output, _, _ in group)
+        yield _Draft(
+            TensorFate(tensor, "quantize", reason, choice.component, choice.layer, names), tuple(blocks), tuple(groups)
+        )
+
+
+def _expert_blocks(tensor: Tensor, block: str, kind: str, layout: ExpertLayout) -> Iterator[_Block]:
+    size = tensor.nbytes // layout.experts
+    for expert, modules in expert_modules(block, kind, layout):
+        yield _Block(expert * size, tuple(modules), layout.transposed)
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding: said somewhere, and denied nowhere."""
+    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    return bool(said) and all(said)
+
+
+# --- layout ------------------------------------------------------------------------------------------
+
+
+def _lay_out(drafts: list[_Draft], limit: int) -> tuple[dict[str, OutputTensor], tuple[OutputShard, ...]]:
+    """Give every output tensor its place: shards filled in source order, wide dtypes first in each.
+
+    The order by width keeps every tensor aligned to its dtype without holes, as the safetensors library's own
+    serializer does.
+    """
+    bins: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
+    filled = 0
+    for draft in drafts:
+        for group in draft.groups:
+            sized = [(name, dtype, shape, _nbytes(dtype, shape)) for name, dtype, shape in group]
+            total = sum(entry[3] for entry in sized)
+            if bins[-1] and filled + total > limit:
+                bins.append([])
+                filled = 0
+            bins[-1].extend(sized)
+            filled += total
+    outputs: dict[str, OutputTensor] = {}
+    shards = []
+    for index, entries in enumerate(bins):
+        entries.sort(key=lambda entry: -DTYPE_BYTES[entry[1]])
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, dtype, shape, nbytes in entries:
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+            position += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        raw = len(text).to_bytes(8, "little") + text
+        for name, dtype, shape, nbytes in entries:
+            if name in outputs:
+                raise SourceError(f"{name}: two source tensors would become this one")
+            offset = len(raw) + header[name]["data_offsets"][0]
+            outputs[name] = OutputTensor(name, dtype, shape, nbytes, index, offset)
+        file = "model.safetensors" if len(bins) == 1 else f"model-{index + 1:05d}-of-{len(bins):05d}.safetensors"
+        shards.append(OutputShard(file, raw, len(raw) + position))
+    return outputs, tuple(shards)
+
+
+def _nbytes(dtype: str, shape: Iterable[int]) -> int:
+    count = DTYPE_BYTES[dtype]
+    for n in shape:
+        count *= n
+    return count
+
+
+def _cut(checkpoint: Checkpoint, drafts: list[_Draft], outputs: dict[str, OutputTensor]) -> Iterator[Piece]:
+    """Cut the work into pieces of about PIECE_BYTES, in file order, and number their units."""
+    unit, written = 0, 0
+    for draft in drafts:
+        for piece in _pieces_of(draft, outputs):
+            size = piece.result_nbytes
+            if written and written + size > UNIT_BYTES:
+                unit, written = unit + 1, 0
+            written += size
+            yield Piece(unit, *(getattr(piece, field) for field in Piece.__slots__[1:]))
+
+
+def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piece]:
+    fate, tensor = draft.fate, draft.fate.tensor
+    label = fate.component if fate.layer is None else f"{fate.component}.{fate.layer}"
+    width = DTYPE_BYTES[tensor.dtype]
+    groups = iter(draft.groups)
+
+    def piece(offset: int, nbytes: int, **rest: Any) -> Piece:
+        return Piece(0, label, tensor.name, tensor.shard, tensor.offset + offset, nbytes, dtype=tensor.dtype, **rest)
+
+    for block in draft.blocks:
+        if not block.modules:
+            ((name, _, _),) = next(groups)
+            out = outputs[name]
+            for start in range(0, max(tensor.nbytes, 1), PIECE_BYTES):
+                size = min(PIECE_BYTES, tensor.nbytes - start)
+                write = Write(0, size, out.shard, out.offset + start, name)
+                yield piece(
+                    start, size, kind="copy", rows=0, columns=0, transposed=False, first_row=0, writes=(write,)
+                )
+            continue
+        rows, columns = sum(module[1] for module in block.modules), block.modules[0][2]
+        modules = [(module[1], next(groups)) for module in block.modules]
+        step = rows if block.transposed else max(1, PIECE_BYTES // (columns * width))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            yield piece(
+                block.offset + first * columns * width,
+                count * columns * width,
+                kind="quantize",
+                rows=count,
+                columns=columns,
+                transposed=block.transposed,
+                first_row=first,
+                writes=tuple(_quantized_writes(modules, outputs, first, count, columns, width)),
+            )
+
+
+def _quantized_writes(
+    modules: list[tuple[int, Any]], outputs: dict[str, OutputTensor], first: int, count: int, columns: int, width: int
+) -> Iterator[Write]:
+    """Where rows ``first .. first + count`` of stacked modules go: a piece's result is its scales, then its codes."""
+    top = 0
+    for rows, (codes_spec, scales_spec) in modules:
+        begin, end = max(first, top), min(first + count, top + rows)
+        if begin < end:
+            codes, scales = outputs[codes_spec[0]], outputs[scales_spec[0]]
+            yield Write(
+                (begin - first) * width,
+                (end - begin) * width,
+                scales.shard,
+                scales.offset + (begin - top) * width,
+                scales.name,
+            )
+            yield Write(
+                count * width + (begin - first) * columns,
+                (end - begin) * columns,
+                codes.shard,
+                codes.offset + (begin - top) * columns,
+                codes.name,
+            )
+        top += rows
+
+
+def _check_accounts(
+    checkpoint: Checkpoint, fates: dict[str, TensorFate], outputs: dict[str, OutputTensor], pieces: tuple[Piece, ...]
+) -> None:
+    """Every source tensor has a fate, every output byte one writer. A failure here is a mistake of this program."""
+    for name in checkpoint.tensors:
+        if name not in fates:
+            raise SourceError(f"{name}: no fate was found for this tensor; please report it")
+    written: dict[str, int] = defaultdict(int)
+    for piece in pieces:
+        for write in piece.writes:
+            written[write.tensor] += write.nbytes
+    for name, output in outputs.items():
+        if written[name] != output.nbytes:
+            raise SourceError(f"{name}: {written[name]} of {output.nbytes} bytes have a source; please report it")
+
+
+# --- identity ----------------------------------------------------------------------------------------
+
+
+def _identity(
+    recipe: Recipe, checkpoint: Checkpoint, backend: Backend, shards: tuple[OutputShard, ...]
+) -> dict[str, Any]:
+    """What must be the same for a run to go on where another stopped. Flat, so that differences have names."""
+    asked = recipe.model_dump(include={"backend", "scheme", "kv_cache", "ignore", "calibration", "backend_options"})
+    identity: dict[str, Any] = {"pipeline": __version__, **asked, "shard_size": recipe.shard_bytes}
+    identity["source.revision"] = checkpoint.revision
+    for shard in checkpoint.shards:
+        identity[f"source.{shard.name}"] = [shard.size, shard.header_sha256, shard.modified]
+    for name in checkpoint.sidecars:
+        status = (checkpoint.root / name).stat()
+        dated = status.st_mtime_ns if checkpoint.revision is None else 0
+        identity[f"source.{name}"] = [status.st_size, dated]
+    identity.update((f"library.{name}", found) for name, found in backend.versions().items())
+    identity["layout"] = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
+    identity["units"] = [PIECE_BYTES, UNIT_BYTES]
+    return identity
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities differ, with both values, for a person to read."""
+    lines = []
+    for key in sorted(set(before) | set(now)):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key.startswith("source.") and isinstance(old, list) and isinstance(new, list):
+            lines.append(f"{key}: the file has changed")
+        elif key == "layout":
+            continue  # follows from another field
+        else:
+            lines.append(f"{key}: {_short(old)} then, {_short(new)} now")
+    return lines or ["layout: the output's layout"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- disk --------------------------------------------------------------------------------------------
+
+
+def check_disk(plan: Plan, output: Path, partial: Path) -> None:
+    """Raise PipelineError if the result does not fit beside what a stopped run has written already."""
+    needed = plan.output_nbytes + (16 << 20)
+    have = 0
+    if partial.is_dir():
+        have = sum(path.stat().st_blocks * 512 for path in partial.glob("*.safetensors"))
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free + have < needed:
+        raise PipelineError(
+            f"{place}: {size_text(free + have)} free, {size_text(needed)} needed for the result; free "
+            f"{size_text(needed - free - have)}, or choose another output"
+        )
+
+
+def size_text(nbytes: float) -> str:
+    """Decimal units, as drives and hubs count: ``3.86 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+# --- views -------------------------------------------------------------------------------------------
+
+
+def summary(plan: Plan) -> list[dict[str, Any]]:
+    """The plan in a few rows: what shares a fate, a reason and a part of the model, with counts and bytes."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for fate in plan.fates.values():
+        key = (fate.component, fate.fate, fate.reason)
+        row = rows.setdefault(
+            key,
+            {
+                "component": fate.component,
+                "fate": fate.fate,
+                "reason": fate.reason,
+                "tensors": 0,
+                "source_bytes": 0,
+                "output_bytes": 0,
+            },
+        )
+        row["tensors"] += 1
+        row["source_bytes"] += fate.tensor.nbytes
+        row["output_bytes"] += sum(plan.outputs[name].nbytes for name in fate.outputs)
+    return sorted(rows.values(), key=lambda row: (row["fate"] != "quantize", -row["source_bytes"]))
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan as plain data: every tensor, every place."""
+    source = plan.checkpoint
+    return {
+        "source": {
+            "name": source.label,
+            "revision": source.revision,
+            "model_type": source.config.get("model_type"),
+            "shards": len(source.shards),
+            "tensors": len(source.tensors),
+            "bytes": source.nbytes,
+        },
+        "output": {
+            "directory": plan.recipe.output,
+            "bytes": plan.output_nbytes,
+            "shards": [{"file": shard.name, "bytes": shard.size} for shard in plan.shards],
+        },
+        "language_model": {
+            "root": plan.selection.root,
+            "layers": plan.selection.layers,
+            "outside": list(plan.selection.outside),
+        },
+        "summary": summary(plan),
+        "units": plan.units,
+        "threads": plan.threads,
+        "peak_memory_bytes": plan.peak_memory,
+        "carried": list(source.sidecars),
+        "left_behind": [{"file": name, "reason": reason} for name, reason in source.left_behind],
+        "warnings": list(plan.warnings),
+        "tensors": [
+            {
+                "name": fate.tensor.name,
+                "dtype": fate.tensor.dtype,
+                "shape": list(fate.tensor.shape),
+                "bytes": fate.tensor.nbytes,
+                "fate": fate.fate,
+                "reason": fate.reason,
+                "component": fate.component,
+                "layer": fate.layer,
+                "outputs": [
+                    {**asdict(plan.outputs[name]), "file": plan.shards[plan.outputs[name].shard].name}
+                    for name in fate.outputs
+                ],
+            }
+            for fate in plan.fates.values()
+        ],
+    }

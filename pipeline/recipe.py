@@ -1,0 +1,454 @@
+"""What the user wants: the recipe, validated before anything heavy is imported.
+
+`load` returns a `Recipe` or raises one `UsageError` that lists every mistake, each as
+``recipe.yaml:LINE:COLUMN: key: what is wrong; what is allowed``. PyYAML composes the document, so
+that every key keeps its place; pydantic validates the values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, field_validator
+
+from pipeline.errors import UsageError
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_NODES = 20_000
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are mistakes, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """The checkpoint to convert."""
+
+    source: str = Field(min_length=1, description="A hub id (org/name) or a directory with safetensors shards.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+
+
+class Calibration(Section):
+    """The text that ranges are measured on."""
+
+    captions: str = Field("coco2017", description="coco2017, embedded, or a path to COCO annotations, .jsonl or .txt.")
+    samples: int = Field(4096, ge=1)
+    max_length: int = Field(512, ge=1, description="Tokens; longer captions are cut.")
+    template: Literal["raw", "chat"] = "raw"
+    seed: int = Field(0, ge=0)
+
+
+class Quality(Section):
+    """Gates on the result; a run that misses one is not published."""
+
+    max_kl: float | None = Field(None, gt=0)
+    max_perplexity_ratio: float | None = Field(None, gt=0)
+    min_top1: float | None = Field(None, gt=0, le=1)
+
+
+class Runtime(Section):
+    """Where and how it runs; nothing here changes a byte of the weights of the data-free path."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1, le=256, description="Quantizing threads; null: as many as cores, 8 at most.")
+    work_directory: str | None = Field(None, description="Where scratch files go; null: beside the output.")
+    vllm_python: str | None = Field(None, description="The Python of vLLM's own environment.")
+
+
+class Common(Section):
+    """The keys that every backend shares."""
+
+    model: Model
+    output: str = Field(min_length=1, description="The directory that will appear, whole and verified.")
+    kv_cache: Literal["fp8", "none"] = Field("fp8", description="fp8: calibrated scales go into the checkpoint.")
+    ignore: list[str] = Field(
+        [],
+        description="Modules kept as they are, beyond the defaults: names, globs, or regular expressions (re:...).",
+    )
+    calibration: Calibration | None = None
+    shard_size: str = Field("5GB", description="Upper bound of an output shard, e.g. 5GB or 500MB.")
+    backend_options: dict[str, bool | int | float | str] = {}
+    verify: Literal["structure", "load", "generate"] = "load"
+    quality: Quality = Quality()
+    serve: dict[str, Any] = Field({}, description="What the serving profile should say.")
+    runtime: Runtime = Runtime()
+
+    @field_validator("shard_size")
+    @classmethod
+    def _shard_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @field_validator("ignore")
+    @classmethod
+    def _ignore(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
+
+    @property
+    def shard_bytes(self) -> int:
+        return parse_size(self.shard_size)
+
+
+class ModelOptRecipe(Common):
+    """NVIDIA ModelOpt: static per-tensor FP8 W8A8, calibrated."""
+
+    backend: Literal["modelopt"]
+    scheme: Literal["fp8", "none"]
+
+
+class LLMCompressorRecipe(Common):
+    """llm-compressor: FP8_DYNAMIC, weights per channel, activations per token while serving."""
+
+    backend: Literal["llmcompressor"]
+    scheme: Literal["fp8_dynamic", "none"]
+
+
+Recipe = ModelOptRecipe | LLMCompressorRecipe
+_adapter: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Discriminator("backend")])
+_MODELS: dict[str, type[Common]] = {"modelopt": ModelOptRecipe, "llmcompressor": LLMCompressorRecipe}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` (decimal) or ``512MiB`` (binary). Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if not match or unit is None:
+        raise ValueError("a size is a number and a unit: B, KB, MB, GB, TB, KiB, MiB or GiB, e.g. 5GB")
+    size = int(float(match[1]) * unit)
+    if size < 1 << 20:
+        raise ValueError("the smallest shard is 1MiB")
+    return size
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors; `recipes/recipe.schema.json` is this, written out."""
+    schema = _adapter.json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "FP8 quantization recipe",
+        **schema,
+    }
+
+
+# --- places -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key was written: a file's line and column from 1, or the command line."""
+
+    text: str
+
+    @classmethod
+    def of(cls, file: str, node: yaml.Node) -> Place:
+        return cls(f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}")
+
+
+@dataclass
+class Document:
+    """A YAML document as plain data, the place of every key, and what is wrong with it so far."""
+
+    data: dict[str, Any]
+    places: dict[tuple[str | int, ...], Place]
+    problems: list[tuple[Place, str]]
+
+
+def _convert(node: yaml.Node, path: tuple[str | int, ...], document: Document, file: str, budget: list[int]) -> Any:
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise UsageError(f"{Place.of(file, node).text}: the recipe has more than {MAX_RECIPE_NODES} values")
+    document.places.setdefault(path, Place.of(file, node))
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = Place.of(file, key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                document.problems.append((place, "a key is a word; found a list or a mapping"))
+                continue
+            key = key_node.value
+            here = (*path, key)
+            if key in result:
+                first = document.places[here].text
+                document.problems.append((place, f"{dotted(here)}: this key is here twice; first at {first}"))
+                continue
+            document.places[here] = place
+            result[key] = _convert(value_node, here, document, file, budget)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_convert(item, (*path, index), document, file, budget) for index, item in enumerate(node.value)]
+    return _scalar(node)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without two of its surprises: dates stay text, and 1e-3 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _parse_value(text: str) -> Any:
+    """The value of a KEY=VALUE override, read as YAML would read it; text that is no YAML stays text."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+    if node is None:
+        return ""
+    document = Document({}, {}, [])
+    return _convert(node, (), document, "", [1000])
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``KEY=VALUE`` with dotted keys, e.g. ``calibration.samples=64``; they win over the file.
+
+    Raises:
+        UsageError: with one line for every mistake found.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UsageError(f"{path}: a recipe is a YAML file; this is a directory or a device")
+        if size > MAX_RECIPE_BYTES:
+            raise UsageError(
+                f"{path}: a recipe is at most {MAX_RECIPE_BYTES:,} bytes, this file has {size:,}; is it the right file?"
+            )
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: byte {error.start} is not UTF-8; a recipe is a text file in YAML") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, file: str = "recipe.yaml", overrides: Sequence[str] = ()) -> Recipe:
+    """As `load`, from text; `file` is the name that errors carry."""
+    document = _compose(text, file)
+    for override in overrides:
+        _override(document, override)
+    problems = list(document.problems)
+    recipe: Recipe | None = None
+    try:
+        recipe = _adapter.validate_python(document.data)
+    except ValidationError as error:
+        details = [dict(detail) for detail in error.errors(include_url=False)]
+        if details[0]["type"].startswith("union_tag"):  # the rest was not looked at: do it without the tag
+            rest = {key: value for key, value in document.data.items() if key not in ("backend", "scheme")}
+            details += _mistakes(Common, rest)
+        problems += [_explain(document, file, detail) for detail in details]
+    problems += _contradictions(document, file)
+    if problems:
+        lines = sorted({(_order(place), f"{place.text}: {message}") for place, message in problems})
+        raise UsageError("\n".join(line for _, line in lines))
+    assert recipe is not None
+    return recipe
+
+
+def _mistakes(model: type[Common], data: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        model.model_validate(data)
+    except ValidationError as error:
+        return [dict(detail) for detail in error.errors(include_url=False)]
+    return []
+
+
+def _compose(text: str, file: str) -> Document:
+    document = Document({}, {}, [])
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            raise UsageError(f"{file}:1:1: the recipe is empty; recipes/ holds examples")
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError(f"{Place.of(file, node).text}: a recipe is a mapping of keys to values")
+        document.data = _convert(node, (), document, file, [MAX_RECIPE_NODES])
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        what = " ".join(str(part) for part in (error.problem, error.context) if part)
+        raise UsageError(f"{place}: this is not YAML: {what}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{file}: the values are nested too deeply for a recipe") from None
+    return document
+
+
+def _override(document: Document, override: str) -> None:
+    key, equals, value = override.partition("=")
+    place = Place(f"{override!r} on the command line")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        document.problems.append((place, "an override is KEY=VALUE with a dotted key, e.g. calibration.samples=64"))
+        return
+    target = document.data
+    for depth, part in enumerate(parts[:-1]):
+        inner = target.get(part)
+        if inner is None:
+            inner = target[part] = {}
+        if not isinstance(inner, dict):
+            document.problems.append((place, f"{'.'.join(parts[: depth + 1])} holds a value, it has no keys below it"))
+            return
+        target = inner
+    target[parts[-1]] = _parse_value(value)
+    prefix = tuple(parts)
+    for stale in [path for path in document.places if path[: len(prefix)] == prefix]:
+        del document.places[stale]
+    document.places[prefix] = place
+
+
+def _order(place: Place) -> tuple[int, int, str]:
+    found = re.search(r":(\d+):(\d+)$", place.text)
+    return (int(found[1]), int(found[2]), "") if found else (1 << 30, 0, place.text)
+
+
+# --- explaining -------------------------------------------------------------------------------------
+
+
+def _explain(document: Document, file: str, detail: dict[str, Any]) -> tuple[Place, str]:
+    """One pydantic error as a place and a sentence."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    path: tuple[str | int, ...] = tuple(detail["loc"])
+    if path and path[0] in _MODELS and document.data.get("backend") == path[0]:
+        path = path[1:]  # the union's tag, not a key
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        path = ("backend",)
+    place, name, given = _nearest(document, path, file), dotted(path), detail.get("input")
+    allowed = "; allowed: modelopt, llmcompressor"
+    match kind:
+        case "extra_forbidden":
+            return place, f"{name}: unknown key; {_suggest(document, path)}"
+        case "missing":
+            return place, f"{name}: this key is missing"
+        case "union_tag_not_found":
+            return place, f"{name}: this key is missing{allowed}"
+        case "union_tag_invalid":
+            return place, f"{name}: {document.data.get('backend')!r} is not a backend{allowed}"
+        case "literal_error":
+            choices = context["expected"].replace("'", "").replace(" or ", ", ")
+            return place, f"{name}: {given!r} is not one of its values; allowed: {choices}{_elsewhere(path, given)}"
+        case "value_error":
+            return place, f"{name}: {given!r} does not fit; {context['error']}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return place, f"{name}: {given!r} is out of range; {_lower(detail['msg'])}"
+        case "string_too_short":
+            return place, f"{name}: this is empty; a text is needed"
+        case _:
+            return place, f"{name}: {_shown(given)} does not fit; {_lower(detail['msg'])}"
+
+
+def _lower(message: str) -> str:
+    message = message.removeprefix("Input ").removeprefix("Value error, ")
+    return f"it {message}" if message.startswith("should") else message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _elsewhere(path: tuple[str | int, ...], given: Any) -> str:
+    if path != ("scheme",):
+        return ""
+    owners = [tag for tag, model in _MODELS.items() if given in get_args(model.model_fields["scheme"].annotation)]
+    return f" ({given} belongs to backend: {owners[0]})" if owners else ""
+
+
+def _nearest(document: Document, path: tuple[str | int, ...], file: str) -> Place:
+    for end in range(len(path), -1, -1):
+        if path[:end] in document.places:
+            return document.places[path[:end]]
+    return Place(f"{file}:1:1")
+
+
+def _suggest(document: Document, path: tuple[str | int, ...]) -> str:
+    fields = sorted(_fields(document, path[:-1]))
+    close = difflib.get_close_matches(str(path[-1]), fields, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"allowed: {', '.join(fields)}"
+
+
+def _fields(document: Document, path: tuple[str | int, ...]) -> Iterator[str]:
+    model: Any = _MODELS.get(str(document.data.get("backend")), LLMCompressorRecipe)
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)]
+        model = candidates[0]
+    yield from model.model_fields
+
+
+def _contradictions(document: Document, file: str) -> list[tuple[Place, str]]:
+    """What no single key shows: keys that do not go together. Runs on raw data, beside pydantic's own errors."""
+    data, found = document.data, []
+
+    def problem(key: str, message: str) -> None:
+        found.append((_nearest(document, (key,), file), f"{key}: {message}"))
+
+    scheme, kv_cache = data.get("scheme"), data.get("kv_cache", "fp8")
+    if scheme == "none" and kv_cache == "none":
+        problem("scheme", "none with kv_cache: none leaves nothing to do; choose a scheme or kv_cache: fp8")
+    needs = [f"{key}: {value}" for key, value in (("scheme", scheme), ("kv_cache", kv_cache)) if value == "fp8"]
+    if needs and data.get("calibration") is None:
+        problem("calibration", f"this key is missing; {' and '.join(needs)} need it (or set kv_cache: none)")
+    if data.get("backend") == "llmcompressor" and data.get("backend_options"):
+        problem("backend_options", "llmcompressor has none; leave it out")
+    return found
+
+
+def not_yet_built(recipe: Recipe) -> list[str]:
+    """The parts of a valid recipe that this version cannot carry out, one sentence each."""
+    missing = []
+    if recipe.kv_cache == "fp8":
+        missing.append("kv_cache: fp8 needs the calibrated path, which is not built yet; set kv_cache: none")
+    if recipe.scheme != "fp8_dynamic":
+        missing.append(f"scheme: {recipe.scheme} of backend {recipe.backend} is not built yet; fp8_dynamic is")
+    if recipe.quality != Quality():
+        missing.append("quality: gates are not built yet; leave the section out")
+    if recipe.serve:
+        missing.append("serve: the serving profile is not built yet; leave the section out")
+    return missing

@@ -1,0 +1,174 @@
+"""What the user sees: a progress display on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.events import STAGES
+from pipeline.plan import Piece, Plan, size_text, summary
+
+if TYPE_CHECKING:
+    import rich.console
+
+    from pipeline.journal import Journal
+    from pipeline.runner import Outcome
+    from pipeline.serving.verify import Report
+
+PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
+
+
+class Console:
+    """Everything goes to standard output; errors are the command line's business."""
+
+    def __init__(self) -> None:
+        import rich.console
+
+        self.rich: rich.console.Console = rich.console.Console(highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        self.rich.print(text, markup=False)
+
+    # --- before ---
+
+    def show_plan(self, plan: Plan) -> None:
+        """The plan in two lines, and its warnings."""
+        source = plan.checkpoint
+        self.say(
+            f"{source.label}: {len(source.tensors)} tensors in {len(source.shards)} shard(s), "
+            f"{size_text(source.nbytes)}; {plan.selection.layers} decoder layers at {plan.selection.stack}"
+        )
+        counts = {
+            fate: sum(f.fate == fate for f in plan.fates.values()) for fate in ("quantize", "copy", "drop")
+        }
+        self.say(
+            f"{counts['quantize']} tensors become FP8, {counts['copy']} stay as they are"
+            + (f", {counts['drop']} dropped" if counts["drop"] else "")
+            + f"; output {size_text(plan.output_nbytes)} in {len(plan.shards)} shard(s), "
+            f"memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
+        )
+        for warning in plan.warnings:
+            self.say(f"note: {warning}")
+
+    def show_plan_table(self, plan: Plan) -> None:
+        """What `quantize plan` prints: parts, shards, what is carried."""
+        from rich.table import Table
+
+        self.show_plan(plan)
+        table = Table(title="every tensor's fate", title_justify="left")
+        for name in ("part", "fate", "why", "tensors", "source", "output"):
+            table.add_column(name, justify="right" if name in ("tensors", "source", "output") else "left")
+        for row in summary(plan):
+            table.add_row(
+                row["component"], row["fate"], row["reason"], str(row["tensors"]),
+                size_text(row["source_bytes"]), size_text(row["output_bytes"]),
+            )  # fmt: skip
+        self.rich.print(table)
+        shards = Table(title=f"output shards in {plan.recipe.output}", title_justify="left")
+        shards.add_column("file")
+        shards.add_column("tensors", justify="right")
+        shards.add_column("size", justify="right")
+        counted = [0] * len(plan.shards)
+        for output in plan.outputs.values():
+            counted[output.shard] += 1
+        for shard, count in zip(plan.shards, counted, strict=True):
+            shards.add_row(shard.name, str(count), size_text(shard.size))
+        self.rich.print(shards)
+        self.say(f"carried byte for byte: {', '.join(plan.checkpoint.sidecars)}")
+        for name, reason in plan.checkpoint.left_behind:
+            self.say(f"left behind: {name} ({reason})")
+
+    # --- during ---
+
+    @contextmanager
+    def progress(self, plan: Plan, journal: Journal) -> Iterator[Callable[[Piece], None]]:
+        """Yields what to call after each piece."""
+        total = sum(piece.nbytes for piece in plan.pieces)
+        done = sum(piece.nbytes for piece in plan.pieces if piece.unit in journal.done)
+        if self.rich.is_terminal:
+            yield from self._bar(total, done)
+        else:
+            yield self._lines(total, done)
+
+    def _bar(self, total: int, done: int) -> Iterator[Callable[[Piece], None]]:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.rich, transient=False) as progress:
+            task = progress.add_task("reading", total=total, completed=done)
+            yield lambda piece: progress.update(task, advance=piece.nbytes, description=piece.label)
+
+    def _lines(self, total: int, done: int) -> Callable[[Piece], None]:
+        begun, first, last = time.monotonic(), done, time.monotonic()
+
+        def on_piece(piece: Piece) -> None:
+            nonlocal done, last
+            done += piece.nbytes
+            now = time.monotonic()
+            if now - last < PLAIN_INTERVAL:
+                return
+            last = now
+            rate = (done - first) / (now - begun)
+            left = (total - done) / rate
+            self.say(
+                f"{piece.label}: {size_text(done)} of {size_text(total)} ({100 * done / total:.0f}%), "
+                f"{size_text(rate)}/s, {left:.0f} s left"
+            )
+
+        return on_piece
+
+    # --- after ---
+
+    def show_outcome(self, outcome: Outcome, slowest: int = 5) -> None:
+        """The slowest layers, the totals, the verdict and the place."""
+        if outcome.already:
+            self.say(f"{outcome.output}: done already, by an identical run; --fresh would do it again")
+            return
+        self.show_layers(outcome.layers, slowest)
+        totals = outcome.totals
+        if totals.seconds:
+            self.say(
+                f"read {size_text(totals.bytes_read)}, wrote {size_text(totals.bytes_written)} in "
+                f"{totals.seconds:.2f} s ({size_text(totals.bytes_read / totals.seconds)}/s read)"
+            )
+        if outcome.report is not None:
+            self.show_report(outcome.report)
+        self.say(f"published: {outcome.output}")
+
+    def show_layers(self, layers: list[dict[str, Any]], slowest: int) -> None:
+        """Seconds a stage, summed over pieces; stages of different pieces overlap."""
+        from rich.table import Table
+
+        if not layers:
+            return
+        title = f"slowest {min(slowest, len(layers))} of {len(layers)} parts (stages overlap)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("part")
+        for name in (*(f"{stage} s" for stage in STAGES), "read", "written", "RSS"):
+            table.add_column(name, justify="right")
+        for row in layers[:slowest]:
+            table.add_row(
+                row["layer"],
+                *(f"{row[f'{stage}_s']:.3f}" for stage in STAGES),
+                *(size_text(row[key]) for key in ("bytes_read", "bytes_written", "rss_bytes")),
+            )
+        self.rich.print(table)
+
+    def show_report(self, report: Report) -> None:
+        """Verification, check by check, problem by problem."""
+        for line in report.checked:
+            self.say(f"checked: {line}")
+        for line in report.problems:
+            self.say(f"PROBLEM: {line}")
+        verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"
+        self.say(f"verification: {verdict}{'' if report.proven_in_vllm else ' (structure; not proven in vLLM)'}")

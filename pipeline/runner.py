@@ -1,0 +1,262 @@
+"""A run from top to bottom: plan → stream → seal → verify → publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from pipeline import __version__
+from pipeline.checkpoint import hub, sidecars
+from pipeline.checkpoint.writer import publish, sync_all, sync_directory, write_file
+from pipeline.errors import Interrupted, PipelineError, UsageError, explain_os_error
+from pipeline.events import EventLog, layer_timings, peak_rss_bytes, read_events
+from pipeline.journal import LOCK, Journal, read_identity
+from pipeline.plan import Plan, check_disk, differences, make_plan, size_text
+from pipeline.serving.verify import Report, check_structure
+from pipeline.stream import Totals, run_stream
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.report.console import Console
+
+T = TypeVar("T")
+LIBRARIES = ("compressed-tensors", "llmcompressor", "nvidia-modelopt", "safetensors", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended that did not fail.
+
+    Attributes:
+        output: the published directory.
+        already: it was there before, from an identical run.
+        layers: timings, slowest first.
+        totals: of this process; zero where all was done before.
+        report: of the verification; None if `already`.
+    """
+
+    output: Path
+    already: bool
+    layers: list[dict[str, Any]]
+    totals: Totals
+    report: Report | None
+
+
+def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
+    """Convert a checkpoint as the recipe says.
+
+    Args:
+        recipe: validated.
+        console: what the user sees.
+        fresh: throw away what an earlier run left, and replace a result of this program.
+
+    Raises:
+        PipelineError: see `pipeline.errors`; nothing is published then.
+    """
+    output = Path(recipe.output).expanduser().absolute()
+    partial = output.with_name(output.name + ".partial")
+    with _stop_on_signals() as stop:
+        plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
+        _refuse_overlap(plan, output)
+        if _finished(plan, output, fresh):
+            return Outcome(output, True, _layers(output), Totals(), None)
+        if fresh and partial.exists():
+            console.say(f"starting over: what {partial} holds is thrown away")
+        else:
+            _work("looking at the disk", lambda: check_disk(plan, output, partial))
+        console.show_plan(plan)
+        journal = _work(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
+        try:
+            if _finished(plan, output, fresh):  # another process published while this one waited for the lock
+                shutil.rmtree(partial)
+                return Outcome(output, True, _layers(output), Totals(), None)
+            totals, report = _convert(plan, journal, console, stop)
+            stop.hold()
+            _work(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
+            (output / LOCK).unlink(missing_ok=True)
+        finally:
+            journal.close()
+        if partial.exists():  # exchanged: the result that --fresh replaces
+            shutil.rmtree(partial)
+    return Outcome(output, False, _layers(output), totals, report)
+
+
+def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tuple[Totals, Report]:
+    partial = journal.partial
+    log = EventLog(partial / "quantize" / "events.jsonl")
+    try:
+        resumed = len(journal.done)
+        log.write("run", pid=os.getpid(), units=plan.units, done=resumed, identity=plan.identity)
+        if 0 < resumed < plan.units:
+            redone = next(unit for unit in range(plan.units) if unit not in journal.done)
+            again = sum(piece.result_nbytes for piece in plan.pieces if piece.unit == redone)
+            console.say(
+                f"going on after {resumed} of {plan.units} finished units; at most {size_text(again)} are written again"
+            )
+            log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
+        with console.progress(plan, journal) as on_piece, stop.deferred():
+            totals = _work(
+                f"streaming into {partial}", lambda: run_stream(plan, journal, log, stop.requested, on_piece)
+            )
+        log.write("streamed", **vars(totals), peak_rss_bytes=peak_rss_bytes())
+        _work(f"writing to {partial}", lambda: _seal(plan, partial, log))
+        report = check_structure(partial, plan.checkpoint)
+        _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
+        if not report.passed:
+            raise PipelineError(
+                "\n".join(
+                    [f"{partial}: the result fails verification and is not published:"]
+                    + [f"  {problem}" for problem in report.problems[:20]]
+                )
+            )
+    except Interrupted:
+        log.write("interrupted", units_done=len(journal.done))
+        raise Interrupted(
+            f"stopped after {len(journal.done)} of {plan.units} units; run the same command again to go on"
+        ) from None
+    finally:
+        log.close()
+    return totals, report
+
+
+# --- seal --------------------------------------------------------------------------------------------
+
+
+def _seal(plan: Plan, partial: Path, log: EventLog) -> None:
+    """Everything beside the weights; config.json and the index last, so that nothing looks whole before it is."""
+    from pipeline.report.card import model_card
+
+    resolved = recipe_yaml(plan.recipe)
+    sidecars.carry_files(plan.checkpoint, partial)
+    write_file(partial / "README.md", model_card(plan, resolved).encode())
+    write_file(partial / "quantize" / "recipe.yaml", resolved.encode())
+    write_file(partial / "quantize" / "versions.json", _json(_versions()))
+    write_file(partial / "quantize" / "layers.json", _json(_layers(partial)))
+    sidecars.write_config(plan, partial)
+    sidecars.write_index(plan, partial)
+    sync_all(path for path in partial.rglob("*") if path.is_file())
+    sync_directory(partial)
+    log.write("sealed", bytes=plan.output_nbytes)
+
+
+def _record_verdict(partial: Path, report: Report, log: EventLog) -> None:
+    write_file(partial / "quantize" / "verify.json", _json(report.as_json()))
+    log.write("verified", passed=report.passed, problems=report.problems, proven_in_vllm=report.proven_in_vllm)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML that this program reads back."""
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    ordered = {key: data[key] for key in ("model", "output", "backend", "scheme") if key in data} | data
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {"fp8-pipeline": __version__, "python": platform.python_version(), "system": platform.platform()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _layers(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "quantize" / "events.jsonl"
+    return layer_timings(read_events(path)) if path.exists() else []
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# --- guards ------------------------------------------------------------------------------------------
+
+
+def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
+    """Whether `output` is this very result; anything else of that name is refused, unless `fresh` may replace it."""
+    if not output.exists() and not output.is_symlink():
+        return False
+    found = read_identity(output) if output.is_dir() and not output.is_symlink() else None
+    if found is None:
+        raise UsageError(f"{output}: it exists and is no result of this program; move it, or choose another output")
+    if fresh:
+        return False
+    now = json.loads(json.dumps(plan.identity))
+    if found != now:
+        changed = "\n".join(f"  {line}" for line in differences(found, now))
+        raise UsageError(
+            f"{output}: it is the result of another run, which differs in\n{changed}\n"
+            "choose another output, or replace it with --fresh"
+        )
+    return True
+
+
+def _refuse_overlap(plan: Plan, output: Path) -> None:
+    source = plan.checkpoint.root.resolve()
+    target = output.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise UsageError(f"output: {output} and the source {source} lie in each other; the source is never written to")
+
+
+def _work(doing: str, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except OSError as error:
+        raise PipelineError(explain_os_error(error, doing)) from None
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+
+class Stop:
+    """SIGINT and SIGTERM: at once, or while streaming at the end of a unit, or never while publishing."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self._deferred = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred or self.requested.is_set():
+            raise KeyboardInterrupt
+        self.requested.set()
+
+    def hold(self) -> None:
+        """From now on a signal waits; the second one still ends everything."""
+        self._deferred = True
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a signal asks for an end; only a second one forces it."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Stop]:
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

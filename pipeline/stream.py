@@ -1,0 +1,276 @@
+"""The data-free stream: reading ahead, quantizing and writing behind, all at once.
+
+One thread reads pieces in file order, several quantize and hash, one writes in order and flushes each unit
+before its line goes into the journal. A bounded number of pieces is in memory, so the model's size and depth
+do not matter. Every source byte is read once and every output byte written once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.backends.fp8 import NonFiniteWeight, check_finite, transpose
+from pipeline.checkpoint.source import DTYPE_BYTES, SourceError
+from pipeline.checkpoint.writer import ShardWriter
+from pipeline.errors import Interrupted
+from pipeline.events import EventLog, rss_bytes
+from pipeline.journal import Digest, Journal
+from pipeline.plan import Piece, Plan
+
+Span = tuple[float, float]
+
+
+@dataclass
+class Result:
+    """A piece, computed: its bytes, their hashes and the spans of its stages in seconds since the epoch."""
+
+    piece: Piece
+    data: memoryview
+    buffers: list[bytearray]
+    digests: list[Digest]
+    read: Span
+    quantize: Span
+    thread: str
+
+
+@dataclass
+class Totals:
+    """What one call of `run_stream` did."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    units: int = 0
+    seconds: float = 0.0
+
+
+def run_stream(
+    plan: Plan,
+    journal: Journal,
+    log: EventLog,
+    stop: threading.Event,
+    on_piece: Callable[[Piece], None],
+) -> Totals:
+    """Fill in the output shards, unit by unit, from the first unit that the journal has not.
+
+    Args:
+        plan: what goes where.
+        journal: open; finished units are skipped and new ones recorded.
+        log: gets a ``piece`` event a piece and a ``unit`` event a unit.
+        stop: when set, the unit under way is finished and `Interrupted` raised.
+        on_piece: called by the writing thread after each piece.
+
+    Raises:
+        SourceError: a weight is not finite, or a file changed or ended early.
+        Interrupted: `stop` was set before the last unit.
+        OSError: the disk's own failures.
+    """
+    todo = [piece for piece in plan.pieces if piece.unit not in journal.done]
+    totals, begun = Totals(), time.perf_counter()
+    if not todo:
+        return totals
+    failed = threading.Event()
+    slots = threading.Semaphore(plan.in_flight)
+    ordered: queue.SimpleQueue[Future[Result] | BaseException | None] = queue.SimpleQueue()
+    buffers = _Buffers(plan)
+    compute = _Compute(plan, buffers)
+
+    def read_ahead() -> None:
+        files: dict[int, int] = {}
+        try:
+            unit = todo[0].unit
+            for position, piece in enumerate(todo):
+                if piece.unit != unit and stop.is_set():
+                    break
+                unit = piece.unit
+                slots.acquire()
+                if failed.is_set():
+                    break
+                if piece.shard not in files:
+                    for file in files.values():
+                        os.close(file)
+                    files = {piece.shard: _open_shard(plan, piece.shard)}
+                begin = time.time()
+                _announce(files[piece.shard], todo, position, plan)
+                buffer = buffers.take()
+                _read_piece(files[piece.shard], piece, plan, memoryview(buffer)[: piece.nbytes])
+                ordered.put(pool.submit(compute, piece, buffer, (begin, time.time())))
+            ordered.put(None)
+        except BaseException as error:
+            ordered.put(error)
+        finally:
+            for file in files.values():
+                os.close(file)
+
+    with (
+        ShardWriter(journal.partial, plan.shards) as writer,
+        ThreadPoolExecutor(plan.threads, thread_name_prefix="quantize") as pool,
+    ):
+        reader = threading.Thread(target=read_ahead, name="read", daemon=True)
+        reader.start()
+        try:
+            _write_behind(ordered, slots, buffers, writer, journal, log, totals, on_piece)
+        finally:
+            failed.set()
+            for _ in range(2):
+                slots.release()
+            reader.join()
+    totals.seconds = time.perf_counter() - begun
+    if len(journal.done) < plan.units:
+        raise Interrupted("interrupted")
+    return totals
+
+
+def _write_behind(
+    ordered: queue.SimpleQueue[Future[Result] | BaseException | None],
+    slots: threading.Semaphore,
+    buffers: _Buffers,
+    writer: ShardWriter,
+    journal: Journal,
+    log: EventLog,
+    totals: Totals,
+    on_piece: Callable[[Piece], None],
+) -> None:
+    """Write results in order; at each unit's end flush, then record it."""
+    unit: int | None = None
+    digests: list[Digest] = []
+
+    def finish(number: int) -> None:
+        begin = time.time()
+        writer.flush()
+        journal.finish(number, list(digests))
+        log.write("unit", unit=number, bytes=sum(d.nbytes for d in digests), flush=[begin, time.time()])
+        digests.clear()
+        totals.units += 1
+
+    while (item := ordered.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        result = item.result()
+        piece = result.piece
+        if unit is not None and piece.unit != unit:
+            finish(unit)
+        unit = piece.unit
+        begin = time.time()
+        for write in piece.writes:
+            writer.write(write.shard, write.offset, result.data[write.start : write.start + write.nbytes])
+        digests.extend(result.digests)
+        totals.bytes_read += piece.nbytes
+        totals.bytes_written += piece.result_nbytes
+        log.write(
+            "piece",
+            label=piece.label,
+            tensor=piece.tensor,
+            thread=result.thread,
+            read=result.read,
+            quantize=result.quantize,
+            write=(begin, time.time()),
+            bytes_read=piece.nbytes,
+            bytes_written=piece.result_nbytes,
+            rss_bytes=rss_bytes(),
+        )
+        buffers.give_back(result.buffers)
+        slots.release()
+        on_piece(piece)
+    if unit is not None:
+        finish(unit)
+
+
+class _Buffers:
+    """Reused memory: fresh pages for every piece would cost a page fault each 4 KiB."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._size = max(max(piece.nbytes, piece.result_nbytes) for piece in plan.pieces)
+        self._free: list[bytearray] = []  # list.append and list.pop are atomic
+
+    def take(self) -> bytearray:
+        """A buffer that holds any piece and any result."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return bytearray(self._size)
+
+    def give_back(self, buffers: list[bytearray]) -> None:
+        """These may be used again."""
+        self._free.extend(buffers)
+
+
+class _Compute:
+    """What a quantizing thread does with a piece."""
+
+    def __init__(self, plan: Plan, buffers: _Buffers) -> None:
+        dtypes = {piece.dtype for piece in plan.pieces if piece.kind == "quantize"}
+        self._quantizers = {dtype: plan.backend.quantizer(dtype) for dtype in dtypes}
+        self._buffers = buffers
+
+    def __call__(self, piece: Piece, buffer: bytearray, read: Span) -> Result:
+        begin, used = time.time(), [buffer]
+        try:
+            data = self._result(piece, memoryview(buffer)[: piece.nbytes], used)
+        except NonFiniteWeight as error:
+            row = "" if error.row is None else f" in row {piece.first_row + error.row}"
+            raise SourceError(
+                f"{piece.tensor}: NaN or Inf{row}; the checkpoint is damaged or the training diverged, use a sound one"
+            ) from None
+        digests = [
+            Digest(w.tensor, w.offset, w.nbytes, hashlib.sha256(data[w.start : w.start + w.nbytes]).hexdigest())
+            for w in piece.writes
+        ]
+        return Result(piece, data, used, digests, read, (begin, time.time()), threading.current_thread().name)
+
+    def _result(self, piece: Piece, data: memoryview, used: list[bytearray]) -> memoryview:
+        if piece.kind == "copy":
+            check_finite(data, piece.dtype)
+            return data
+        width = DTYPE_BYTES[piece.dtype]
+        if piece.transposed:
+            used.append(self._buffers.take())
+            turned = memoryview(used[-1])[: piece.nbytes]
+            transpose(data, turned, piece.columns, piece.rows, width)
+            data = turned
+        used.append(self._buffers.take())
+        result = memoryview(used[-1])[: piece.result_nbytes]
+        scales, codes = result[: piece.rows * width], result[piece.rows * width :]
+        self._quantizers[piece.dtype](data, codes, scales, piece.rows, piece.columns)
+        return result
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+READ_AHEAD_BYTES = 64 << 20
+
+
+def _open_shard(plan: Plan, index: int) -> int:
+    shard = plan.checkpoint.shards[index]
+    assert shard.path is not None, "a run resolves its source with all shards present"
+    file = os.open(shard.path, os.O_RDONLY)
+    status = os.fstat(file)
+    if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
+        os.close(file)
+        raise SourceError(f"{shard.path}: the file changed since the plan was made; let it settle, then run again")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return file
+
+
+def _announce(file: int, todo: list[Piece], position: int, plan: Plan) -> None:
+    """Ask the kernel for what comes next in this shard, so that the drive never waits for this thread."""
+    piece = todo[position]
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, piece.offset + piece.nbytes, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def _read_piece(file: int, piece: Piece, plan: Plan, into: memoryview) -> None:
+    offset = piece.offset
+    while into:
+        count = os.preadv(file, [into], offset)
+        if count == 0:
+            path = plan.checkpoint.shards[piece.shard].path
+            raise SourceError(f"{path}: the file ends at byte {offset:,}, inside {piece.tensor}; fetch it again")
+        into, offset = into[count:], offset + count
