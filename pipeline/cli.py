@@ -19,6 +19,7 @@ class RecipeFirst(click.Group):
     """`quantize recipe.yaml` means `quantize run recipe.yaml`; every other word is a command's name."""
 
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        """Put the default command before what looks like a recipe or an option of it."""
         if args and args[0] not in self.commands:
             looks_like_recipe = args[0].endswith((".yaml", ".yml")) or Path(args[0]).exists() or "/" in args[0]
             if looks_like_recipe or args[0].startswith("-"):

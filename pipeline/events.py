@@ -57,7 +57,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 def rss_bytes() -> int:
     """Resident memory of this process now; 0 where the system does not say."""
     try:
-        with open("/proc/self/statm", "rb") as file:
+        with Path("/proc/self/statm").open("rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 0
@@ -69,7 +69,7 @@ def peak_rss_bytes() -> int:
     Linux counts ru_maxrss through exec, so that a child begins with its parent's peak; VmHWM does not.
     """
     try:
-        with open("/proc/self/status", encoding="ascii") as file:
+        with Path("/proc/self/status").open(encoding="ascii") as file:
             for line in file:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024

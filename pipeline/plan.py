@@ -22,7 +22,7 @@ from pipeline.backends.base import Backend
 from pipeline.backends.llmcompressor import FP8Dynamic
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import PipelineError, UsageError
-from pipeline.model.selection import REASONS, ExpertLayout, Selection, expert_modules, select
+from pipeline.model.selection import REASONS, ExpertLayout, Selection, expert_modules, head_is_tied, select
 from pipeline.recipe import Recipe, not_yet_built
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
@@ -88,6 +88,7 @@ class Piece:
 
     @property
     def result_nbytes(self) -> int:
+        """Bytes that this piece writes."""
         return sum(write.nbytes for write in self.writes)
 
 
@@ -121,10 +122,12 @@ class Plan:
 
     @property
     def output_nbytes(self) -> int:
+        """Length of all output shards."""
         return sum(shard.size for shard in self.shards)
 
     @property
     def units(self) -> int:
+        """How many units the journal will hold."""
         return self.pieces[-1].unit + 1 if self.pieces else 0
 
     @property
@@ -206,7 +209,7 @@ class _Draft:
 
 
 def _draft(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
-    tied = _tied(checkpoint.config)
+    tied = head_is_tied(checkpoint.config)
     for name, tensor in checkpoint.tensors.items():
         choice = selection.choices[name]
         reason = REASONS[choice.role]
@@ -245,13 +248,6 @@ def _expert_blocks(tensor: Tensor, block: str, kind: str, layout: ExpertLayout) 
     size = tensor.nbytes // layout.experts
     for expert, modules in expert_modules(block, kind, layout):
         yield _Block(expert * size, tuple(modules), layout.transposed)
-
-
-def _tied(config: Mapping[str, Any]) -> bool:
-    """Whether the head is the embedding: said somewhere, and denied nowhere."""
-    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    return bool(said) and all(said)
 
 
 # --- layout ------------------------------------------------------------------------------------------
@@ -331,9 +327,7 @@ def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piec
             for start in range(0, max(tensor.nbytes, 1), PIECE_BYTES):
                 size = min(PIECE_BYTES, tensor.nbytes - start)
                 write = Write(0, size, out.shard, out.offset + start, name)
-                yield piece(
-                    start, size, kind="copy", rows=0, columns=0, transposed=False, first_row=0, writes=(write,)
-                )
+                yield piece(start, size, kind="copy", rows=0, columns=0, transposed=False, first_row=0, writes=(write,))
             continue
         rows, columns = sum(module[1] for module in block.modules), block.modules[0][2]
         modules = [(module[1], next(groups)) for module in block.modules]

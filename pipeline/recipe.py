@@ -59,7 +59,9 @@ class Runtime(Section):
     """Where and how it runs; nothing here changes a byte of the weights of the data-free path."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, ge=1, le=256, description="Quantizing threads; null: as many as cores, 8 at most.")
+    threads: int | None = Field(
+        None, ge=1, le=256, description="Quantizing threads; null: as many as cores, 8 at most."
+    )
     work_directory: str | None = Field(None, description="Where scratch files go; null: beside the output.")
     vllm_python: str | None = Field(None, description="The Python of vLLM's own environment.")
 
@@ -101,6 +103,7 @@ class Common(Section):
 
     @property
     def shard_bytes(self) -> int:
+        """`shard_size` in bytes."""
         return parse_size(self.shard_size)
 
 
@@ -228,6 +231,7 @@ def _parse_value(text: str) -> Any:
 
 
 def dotted(path: Iterable[str | int]) -> str:
+    """A key's path as an override would spell it: ``calibration.samples``, ``ignore[1]``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -276,7 +280,7 @@ def parse(text: str, file: str = "recipe.yaml", overrides: Sequence[str] = ()) -
     try:
         recipe = _adapter.validate_python(document.data)
     except ValidationError as error:
-        details = [dict(detail) for detail in error.errors(include_url=False)]
+        details = _details(error)
         if details[0]["type"].startswith("union_tag"):  # the rest was not looked at: do it without the tag
             rest = {key: value for key, value in document.data.items() if key not in ("backend", "scheme")}
             details += _mistakes(Common, rest)
@@ -293,8 +297,12 @@ def _mistakes(model: type[Common], data: dict[str, Any]) -> list[dict[str, Any]]
     try:
         model.model_validate(data)
     except ValidationError as error:
-        return [dict(detail) for detail in error.errors(include_url=False)]
+        return _details(error)
     return []
+
+
+def _details(error: ValidationError) -> list[dict[str, Any]]:
+    return [dict(detail) for detail in error.errors(include_url=False)]
 
 
 def _compose(text: str, file: str) -> Document:

@@ -230,6 +230,7 @@ class Stop:
         self._deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
         if not self._deferred or self.requested.is_set():
             raise KeyboardInterrupt
         self.requested.set()

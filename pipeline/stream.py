@@ -249,7 +249,10 @@ READ_AHEAD_BYTES = 64 << 20
 def _open_shard(plan: Plan, index: int) -> int:
     shard = plan.checkpoint.shards[index]
     assert shard.path is not None, "a run resolves its source with all shards present"
-    file = os.open(shard.path, os.O_RDONLY)
+    try:
+        file = os.open(shard.path, os.O_RDONLY)
+    except OSError as error:
+        raise SourceError(f"{shard.path}: cannot be opened any more: {error.strerror}") from None
     status = os.fstat(file)
     if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
         os.close(file)
@@ -268,9 +271,12 @@ def _announce(file: int, todo: list[Piece], position: int, plan: Plan) -> None:
 
 def _read_piece(file: int, piece: Piece, plan: Plan, into: memoryview) -> None:
     offset = piece.offset
+    path = plan.checkpoint.shards[piece.shard].path
     while into:
-        count = os.preadv(file, [into], offset)
+        try:
+            count = os.preadv(file, [into], offset)
+        except OSError as error:
+            raise SourceError(f"{path}: reading {piece.tensor} failed: {error.strerror}; check the drive") from None
         if count == 0:
-            path = plan.checkpoint.shards[piece.shard].path
             raise SourceError(f"{path}: the file ends at byte {offset:,}, inside {piece.tensor}; fetch it again")
         into, offset = into[count:], offset + count

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from pipeline.errors import PipelineError
@@ -26,7 +25,7 @@ class NonFiniteWeight(PipelineError):
         self.row = row
 
 
-def kernel() -> ModuleType | None:
+def kernel() -> Any:
     """The compiled kernel, or None where the install found no C compiler."""
     if os.environ.get(FORCE_LIBRARY):
         return None

@@ -15,7 +15,7 @@ from pipeline.backends.base import Output
 from pipeline.backends.fp8 import Buffer, row_quantizer
 from pipeline.model.selection import Selection
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Any] = {
     "actorder": None,
     "block_structure": None,
     "group_size": None,

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "merges*", "vocab*"]
+SMALL_FILES = [
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "merges*",
+    "vocab*",
+]
 NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*", "README.md"]
 
 
@@ -79,7 +90,7 @@ def _wanted_shards(name: str, root: Path, commit: str) -> list[str]:
     if (root / "model.safetensors").exists():
         return ["model.safetensors"]
     if (root / "pytorch_model.bin.index.json").exists() or (root / "pytorch_model.bin").exists():
-        raise SourceError(f"{name}: {source._PICKLE_WAY_OUT}")
+        raise SourceError(f"{name}: {source.PICKLE_WAY_OUT}")
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -89,7 +100,7 @@ def _wanted_shards(name: str, root: Path, commit: str) -> list[str]:
     top = [file for file in files if "/" not in file]
     if "model.safetensors" not in top:
         if any(file.endswith(source.PICKLE_SUFFIXES) for file in top):
-            raise SourceError(f"{name}: {source._PICKLE_WAY_OUT}")
+            raise SourceError(f"{name}: {source.PICKLE_WAY_OUT}")
         raise SourceError(f"{name}: neither {source.INDEX} nor model.safetensors is on the hub at {commit}")
     return ["model.safetensors"]
 
@@ -99,21 +110,23 @@ def _remote(name: str, root: Path, commit: str, shards: list[str]) -> Checkpoint
     from huggingface_hub import HfApi
 
     api = HfApi()
-    found, tensors, metadata = [], {}, {}
+    found: list[source.Shard] = []
+    tensors: dict[str, source.Tensor] = {}
+    metadata: dict[str, dict[str, str]] = {}
     for position, shard in enumerate(shards):
-        parsed = _said(
-            name, commit, lambda shard=shard: api.parse_safetensors_file_metadata(name, shard, revision=commit)
-        )
-        start, last = 0, 0
-        for tensor in sorted(parsed.tensors.items(), key=lambda item: item[1].data_offsets):
-            start, last = tensor[1].data_offsets
-            tensors[tensor[0]] = source.Tensor(
-                tensor[0], str(tensor[1].dtype), tuple(tensor[1].shape), position, start, last - start
-            )
+
+        def fetch_header(shard: str = shard) -> Any:
+            return api.parse_safetensors_file_metadata(name, shard, revision=commit)
+
+        parsed = _said(name, commit, fetch_header)
+        end = 0
+        for tensor, entry in sorted(parsed.tensors.items(), key=lambda item: item[1].data_offsets[0]):
+            begin, end = entry.data_offsets
+            tensors[tensor] = source.Tensor(tensor, str(entry.dtype), tuple(entry.shape), position, begin, end - begin)
         digest = hashlib.sha256(json.dumps(sorted(parsed.tensors)).encode()).hexdigest()
-        found.append(source.Shard(shard, None, last, digest, 0))
+        found.append(source.Shard(shard, None, end, digest, 0))
         metadata[shard] = parsed.metadata or {}
-    sidecars, left = source._sidecars(root)
+    sidecars, left = source.list_sidecars(root)
     config = source.read_config(root)
     return Checkpoint(name, root, config, tuple(found), tensors, sidecars, left, commit, metadata)
 

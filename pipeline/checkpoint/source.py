@@ -89,6 +89,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Length of all shards."""
         return sum(shard.size for shard in self.shards)
 
 
@@ -101,7 +102,9 @@ def open_checkpoint(root: Path, label: str | None = None, revision: str | None =
     label = label or str(root)
     config = read_config(root)
     names = _shard_names(root)
-    shards, tensors, metadata = [], {}, {}
+    shards: list[Shard] = []
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, dict[str, str]] = {}
     for position, (name, expected) in enumerate(names.items()):
         path = root / name
         shard, found, notes = read_header(path, position, dated=revision is None)
@@ -116,7 +119,7 @@ def open_checkpoint(root: Path, label: str | None = None, revision: str | None =
             tensors[tensor.name] = tensor
     if not tensors:
         raise SourceError(f"{root}: the shards hold no tensors")
-    sidecars, left = _sidecars(root)
+    sidecars, left = list_sidecars(root)
     return Checkpoint(label, root, config, tuple(shards), tensors, sidecars, left, revision, metadata)
 
 
@@ -162,12 +165,12 @@ def parse_index(path: Path) -> dict[str, set[str]]:
                 "do not trust this checkpoint, fetch the index again"
             )
         if not name.endswith(".safetensors"):
-            raise SourceError(f"{path}: {tensor} is in {name}, which is not a safetensors file; {_PICKLE_WAY_OUT}")
+            raise SourceError(f"{path}: {tensor} is in {name}, which is not a safetensors file; {PICKLE_WAY_OUT}")
         shards.setdefault(name, set()).add(tensor)
     return {name: shards[name] for name in sorted(shards)}
 
 
-_PICKLE_WAY_OUT = (
+PICKLE_WAY_OUT = (
     "pickled weights can run code when they are loaded and are refused; convert them once where you trust them: "
     "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
 )
@@ -180,7 +183,7 @@ def _shard_names(root: Path) -> dict[str, set[str] | None]:
         if not present:
             pickles = sorted(p.name for p in root.iterdir() if p.suffix in PICKLE_SUFFIXES)
             if pickles:
-                raise SourceError(f"{root}: the weights are pickles ({pickles[0]}): {_PICKLE_WAY_OUT}")
+                raise SourceError(f"{root}: the weights are pickles ({pickles[0]}): {PICKLE_WAY_OUT}")
             raise SourceError(f"{root}: there are no .safetensors files; is the download complete?")
         if len(present) > 1:
             listed = f"{', '.join(present[:3])}{', ...' if len(present) > 3 else ''}"
@@ -283,7 +286,7 @@ def parse_header(raw: bytes, where: str, size: int, position: int) -> tuple[dict
     return {tensor.name: tensor for tensor in entries}, metadata
 
 
-def _sidecars(root: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def list_sidecars(root: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Small files to carry, and the rest with the reason. Hidden files and earlier results are neither."""
     carried, left = [], []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):

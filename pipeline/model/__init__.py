@@ -1,0 +1,1 @@
+"""What is in a checkpoint: the language model, and the rest."""

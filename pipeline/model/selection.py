@@ -20,8 +20,8 @@ from pipeline.errors import UsageError
 
 # Families whose selection the tests compare with transformers. Others work by the same rules, with a warning.
 TESTED_MODEL_TYPES = frozenset({
-    "gemma3", "gemma3_text", "internvl", "llama", "llava", "mistral", "mistral3", "mixtral", "phi3", "qwen2", "qwen2_5_vl",
-    "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe",
+    "gemma3", "gemma3_text", "internvl", "llama", "llava", "mistral", "mistral3", "mixtral", "phi3", "qwen2",
+    "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe",
 })  # fmt: skip
 
 # 3-D expert tensors say nothing of what lies where inside; only models whose modeling code was read are listed.
@@ -110,6 +110,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
             return part
     thinker = config.get("thinker_config")
     return text_config(thinker) if isinstance(thinker, dict) else config
+
+
+def head_is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding: said somewhere, and denied nowhere."""
+    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    return bool(said) and all(said)
 
 
 def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
@@ -274,7 +281,7 @@ def _layer_role(name: str, tensor: Tensor, moe_blocks: set[str], text: Mapping[s
     module = name.removesuffix(".weight")
     parent, _, last = module.rpartition(".")
     experts = next((text[key] for key in _EXPERT_COUNTS if type(text.get(key)) is int), 0)
-    routes = tensor.shape[0] == experts and last in ("gate", "router") or ".router." in f"{module}."
+    routes = (tensor.shape[0] == experts and last in ("gate", "router")) or ".router." in f"{module}."
     # an MoE block's own weights, beside its experts, decide who is asked: gate, router, shared_expert_gate
     return "router" if parent in moe_blocks or (experts and routes) else "linear"
 
@@ -409,7 +416,7 @@ def _refuse_split_groups(modules: dict[str, str], ignored: list[str]) -> None:
 
 def _names(modules: list[str]) -> str:
     parts = [module.split(".")[-1] for module in modules]
-    if len(set(parts)) == 1 and len(parts) > 1 or len(parts) > 6:
+    if (len(set(parts)) == 1 and len(parts) > 1) or len(parts) > 6:
         return f"{len(parts)} modules ({modules[0]}, ...)"
     return ", ".join(parts)
 

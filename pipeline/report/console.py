@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.serving.verify import Report
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
+LOG_WIDTH = 140  # of tables where there is no terminal
 
 
 class Console:
@@ -26,11 +27,13 @@ class Console:
     def __init__(self) -> None:
         import rich.console
 
-        self.rich: rich.console.Console = rich.console.Console(highlight=False, soft_wrap=True)
+        self.rich: rich.console.Console = rich.console.Console(highlight=False)
+        if not self.rich.is_terminal:
+            self.rich.width = LOG_WIDTH
 
     def say(self, text: str) -> None:
         """One line, as it is."""
-        self.rich.print(text, markup=False)
+        self.rich.print(text, markup=False, soft_wrap=True)
 
     # --- before ---
 
@@ -41,9 +44,7 @@ class Console:
             f"{source.label}: {len(source.tensors)} tensors in {len(source.shards)} shard(s), "
             f"{size_text(source.nbytes)}; {plan.selection.layers} decoder layers at {plan.selection.stack}"
         )
-        counts = {
-            fate: sum(f.fate == fate for f in plan.fates.values()) for fate in ("quantize", "copy", "drop")
-        }
+        counts = {fate: sum(f.fate == fate for f in plan.fates.values()) for fate in ("quantize", "copy", "drop")}
         self.say(
             f"{counts['quantize']} tensors become FP8, {counts['copy']} stay as they are"
             + (f", {counts['drop']} dropped" if counts["drop"] else "")
@@ -60,7 +61,8 @@ class Console:
         self.show_plan(plan)
         table = Table(title="every tensor's fate", title_justify="left")
         for name in ("part", "fate", "why", "tensors", "source", "output"):
-            table.add_column(name, justify="right" if name in ("tensors", "source", "output") else "left")
+            numeric = name in ("tensors", "source", "output")
+            table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
         for row in summary(plan):
             table.add_row(
                 row["component"], row["fate"], row["reason"], str(row["tensors"]),
@@ -77,7 +79,9 @@ class Console:
         for shard, count in zip(plan.shards, counted, strict=True):
             shards.add_row(shard.name, str(count), size_text(shard.size))
         self.rich.print(shards)
-        self.say(f"carried byte for byte: {', '.join(plan.checkpoint.sidecars)}")
+        carried = [name for name in plan.checkpoint.sidecars if name != "config.json"]
+        self.say("config.json: the source's, with a quantization_config")
+        self.say(f"carried byte for byte: {', '.join(carried) or 'nothing'}")
         for name, reason in plan.checkpoint.left_behind:
             self.say(f"left behind: {name} ({reason})")
 
@@ -94,17 +98,16 @@ class Console:
             yield self._lines(total, done)
 
     def _bar(self, total: int, done: int) -> Iterator[Callable[[Piece], None]]:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn
+        from rich import progress as bars
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.rich, transient=False) as progress:
+        with bars.Progress(*columns, console=self.rich) as progress:
             task = progress.add_task("reading", total=total, completed=done)
             yield lambda piece: progress.update(task, advance=piece.nbytes, description=piece.label)
 
@@ -153,9 +156,9 @@ class Console:
             return
         title = f"slowest {min(slowest, len(layers))} of {len(layers)} parts (stages overlap)"
         table = Table(title=title, title_justify="left")
-        table.add_column("part")
+        table.add_column("part", overflow="fold")
         for name in (*(f"{stage} s" for stage in STAGES), "read", "written", "RSS"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for row in layers[:slowest]:
             table.add_row(
                 row["layer"],

@@ -1,0 +1,1 @@
+"""Whether a server will make of a checkpoint what it should."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, open_checkpoint
 from pipeline.journal import JOURNAL
-from pipeline.model.selection import Selection, expert_modules, select
+from pipeline.model.selection import Selection, expert_modules, head_is_tied, select
 
 CHUNK = 16 << 20
 FP8 = "F8_E4M3"
@@ -37,9 +37,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
     def as_json(self) -> dict[str, Any]:
+        """Plain data, as quantize/verify.json holds it."""
         return {
             "checkpoint": self.checkpoint,
             "source": self.source,
@@ -207,9 +209,8 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, section: dict[str, A
             if role == "linear" and not _ignored(name.removesuffix(".weight"), patterns):
                 report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
             continue
-        if role == "head" and found is None and selection.choices[name].layer is None:
-            if any(choice.role == "embedding" for choice in selection.choices.values()):
-                continue  # tied: checked against the config by the plan
+        if role == "head" and found is None and head_is_tied(source.config):
+            continue
         if role not in ("linear", "experts"):
             what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
             report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
