@@ -159,6 +159,7 @@ class Place:
 
     @classmethod
     def of(cls, file: str, node: yaml.Node) -> Place:
+        """Where a YAML node begins."""
         return cls(f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}")
 
 
@@ -446,6 +447,23 @@ def _contradictions(document: Document, file: str) -> list[tuple[Place, str]]:
     if data.get("backend") == "llmcompressor" and data.get("backend_options"):
         problem("backend_options", "llmcompressor has none; leave it out")
     return found
+
+
+def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:
+    """The recipe with every default filled in, as YAML that this program reads back.
+
+    Args:
+        recipe: validated.
+        published_source: written as ``model.source`` instead, and what belongs to this machine (output, runtime)
+            left out: for a text that others read.
+    """
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    if published_source is not None:
+        data["model"]["source"] = published_source
+        data["output"] = data["output"].rstrip("/").rpartition("/")[2]
+        del data["runtime"]
+    ordered = {key: data[key] for key in ("model", "output", "backend", "scheme")} | data
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def not_yet_built(recipe: Recipe) -> list[str]:

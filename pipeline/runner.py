@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 
 from pipeline import __version__
 from pipeline.checkpoint import hub, sidecars
@@ -137,12 +136,12 @@ def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tupl
 
 def _seal(plan: Plan, partial: Path, log: EventLog) -> None:
     """Everything beside the weights; config.json and the index last, so that nothing looks whole before it is."""
+    from pipeline.recipe import recipe_yaml
     from pipeline.report.card import model_card
 
-    resolved = recipe_yaml(plan.recipe)
     sidecars.carry_files(plan.checkpoint, partial)
-    write_file(partial / "README.md", model_card(plan, resolved).encode())
-    write_file(partial / "quantize" / "recipe.yaml", resolved.encode())
+    write_file(partial / "README.md", model_card(plan).encode())
+    write_file(partial / "quantize" / "recipe.yaml", recipe_yaml(plan.recipe).encode())
     write_file(partial / "quantize" / "versions.json", _json(_versions()))
     write_file(partial / "quantize" / "layers.json", _json(_layers(partial)))
     sidecars.write_config(plan, partial)
@@ -155,13 +154,6 @@ def _seal(plan: Plan, partial: Path, log: EventLog) -> None:
 def _record_verdict(partial: Path, report: Report, log: EventLog) -> None:
     write_file(partial / "quantize" / "verify.json", _json(report.as_json()))
     log.write("verified", passed=report.passed, problems=report.problems, proven_in_vllm=report.proven_in_vllm)
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with every default filled in, as YAML that this program reads back."""
-    data = recipe.model_dump(mode="json", exclude_none=True)
-    ordered = {key: data[key] for key in ("model", "output", "backend", "scheme") if key in data} | data
-    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def _versions() -> dict[str, str]:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pipeline import __version__
+from pipeline.checkpoint.source import Checkpoint
 from pipeline.plan import Plan, size_text, summary
+from pipeline.recipe import recipe_yaml
 
 
-def model_card(plan: Plan, recipe_text: str) -> str:
-    """README.md of the result, with metadata that the hub reads.
-
-    Args:
-        plan: of the run.
-        recipe_text: the recipe as YAML, resolved.
-    """
+def model_card(plan: Plan) -> str:
+    """README.md of the result, with metadata that the hub reads, and without the paths of this machine."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     source = plan.checkpoint
-    on_hub = source.revision is not None
+    base_model, revision = _hub_name(source)
     data = ModelCardData(
-        base_model=source.label if on_hub else None,
-        base_model_relation="quantized" if on_hub else None,
+        base_model=base_model,
+        base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if "vision_config" in source.config else "text-generation",
         tags=["fp8", "compressed-tensors", "vllm", "llm-compressor"],
@@ -33,19 +31,27 @@ def model_card(plan: Plan, recipe_text: str) -> str:
     facts: dict[str, Any] = {
         "metadata": data.to_yaml(),
         "title": plan.recipe.output.rstrip("/").rpartition("/")[2],
-        "source": source.label,
-        "on_hub": on_hub,
-        "revision": source.revision,
+        "source": source.root.name,
+        "base_model": base_model,
+        "revision": revision,
         "rows": [
             {**row, "source": size_text(row["source_bytes"]), "output": size_text(row["output_bytes"])}
             for row in summary(plan)
         ],
         "source_size": size_text(source.nbytes),
         "output_size": size_text(plan.output_nbytes),
-        "recipe": recipe_text.rstrip(),
+        "recipe": recipe_yaml(plan.recipe, base_model or source.root.name).rstrip(),
         "version": __version__,
         "libraries": plan.backend.versions(),
         "kv_cache": plan.recipe.kv_cache,
         "custom_code": bool(source.config.get("auto_map")),
     }
     return environment.get_template("card.md.jinja").render(facts)
+
+
+def _hub_name(source: Checkpoint) -> tuple[str | None, str | None]:
+    """The hub id and commit of a checkpoint, also of a directory inside the hub's cache; None where unknown."""
+    if source.revision is not None:
+        return source.label, source.revision
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)$", str(source.root.absolute()))
+    return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else (None, None)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that is tested, or reuses it. Sourced or run by the other scripts; needs Python 3.11-3.13.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+fi
+[ -n "$python" ] || { echo "setup: Python 3.11, 3.12 or 3.13 is needed; set PYTHON to one" >&2; exit 1; }
+
+stamp=$(cat pyproject.toml constraints.txt pipeline/backends/_fp8.c scripts/setup.sh | sha256sum | cut -d' ' -f1)
+if [ "$(cat .venv/.stamp 2>/dev/null)" != "$stamp" ] || [ ! -x .venv/bin/quantize ]; then
+    echo "setup: installing into .venv (some minutes the first time)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # torch first and by itself: where a CPU build is on offer, pip prefers it
+    .venv/bin/python -m pip install --quiet "torch==2.13.0"
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+    echo "$stamp" >.venv/.stamp
+fi
+.venv/bin/python - <<'PY'
+from pipeline.backends.fp8 import kernel
+if kernel() is None:
+    print("setup: no C compiler was found; quantizing goes through compressed-tensors instead: same bits, slower")
+PY

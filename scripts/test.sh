@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs into .venv and runs everything: lint, types, all tests. The default `pytest` alone is the short part.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -m "" "$@"
