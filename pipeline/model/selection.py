@@ -431,6 +431,6 @@ def _kept_linears(checkpoint: Checkpoint, choices: dict[str, Choice], modules: d
             len(tensor.shape) == 2 and name.endswith(".weight")
         ):
             kept.append(name.removesuffix(".weight"))
-    if not any(choice.role == "head" for choice in choices.values()):
-        kept.append("lm_head")  # tied: not in the file, but a module of the model all the same
+    # the head's name in transformers and vLLM: where it is tied it is in no file, and LLaVA's files call it otherwise
+    kept.append("lm_head")
     return tuple(dict.fromkeys(kept))

@@ -1,0 +1,196 @@
+"""What the tests share: real checkpoints, small ones made by transformers, and the command line as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+QUANTIZE = [sys.executable, "-m", "pipeline"]
+
+RECIPE = """\
+model:
+  source: {source}
+output: {output}
+backend: llmcompressor
+scheme: fp8_dynamic
+kv_cache: none
+verify: structure
+"""
+
+
+@pytest.fixture
+def trained() -> Callable[[str], Path]:
+    """A checkpoint trained on captions, from the shared directory beside the repository."""
+
+    def find(name: str) -> Path:
+        path = SHARED / "models" / name
+        if not path.is_dir():
+            pytest.skip(f"{path} is not here: the trained checkpoints are not part of the repository")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe for a source; `more` is appended YAML."""
+
+    def write(source: Path | str, output: Path | str | None = None, more: str = "") -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE.format(source=source, output=output or tmp_path / "out") + more)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def quantize() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line and returns the finished process."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **options.pop("env", {})}
+        return subprocess.run(
+            [*QUANTIZE, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600, **options
+        )
+
+    return run
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    """A failure as the user should see it: the exit status, no traceback, one error line with these words."""
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0], (word, errors[0])
+
+
+# --- safetensors by hand, so that tests can damage them ----------------------------------------------
+
+
+def read_shard(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_shard(path: Path, header: dict[str, Any], data: bytes) -> None:
+    """A safetensors file with just this header and data."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def all_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor of a checkpoint as (dtype, shape, bytes)."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        header, data = read_shard(path)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            found[name] = (entry["dtype"], tuple(entry["shape"]), data[begin:end])
+    return found
+
+
+def weight_files(directory: Path) -> dict[str, bytes]:
+    """What must be the same after any interruption: everything but the records of the runs themselves."""
+    files = {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in ("events.jsonl", "layers.json", "lock")
+    }
+    assert any(name.endswith(".safetensors") for name in files), f"{directory} holds no checkpoint"
+    return files
+
+
+def make_plain_checkpoint(
+    directory: Path,
+    layers: int = 2,
+    hidden: int = 64,
+    wide: int = 96,
+    vocabulary: int = 128,
+    shards: int = 2,
+    dtype: str = "BF16",
+    config: dict[str, Any] | None = None,
+    extra: dict[str, tuple[int, ...]] | None = None,
+) -> Path:
+    """A Llama-shaped checkpoint made with nothing but the standard library: headers, index, config, small values."""
+    import random
+
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        shapes |= {prefix + f"mlp.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, wide)
+        shapes |= {prefix + f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden), **(extra or {})}
+    generator = random.Random(3)
+    width = {"BF16": 2, "F16": 2, "F32": 4}[dtype]
+    directory.mkdir(parents=True)
+    names = list(shapes)
+    weight_map = {}
+    for index in range(shards):
+        part = names[index * len(names) // shards : (index + 1) * len(names) // shards]
+        file = "model.safetensors" if shards == 1 else f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        data = bytearray()
+        for name in part:
+            count = 1
+            for n in shapes[name]:
+                count *= n
+            values = b"".join(_value(generator, width, dtype) for _ in range(count))
+            header[name] = {"dtype": dtype, "shape": list(shapes[name]),
+                            "data_offsets": [len(data), len(data) + len(values)]}  # fmt: skip
+            data += values
+            weight_map[name] = file
+        write_shard(directory / file, header, bytes(data))
+    if shards > 1:
+        index_text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (directory / "model.safetensors.index.json").write_text(index_text)
+    made = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "dtype": "bfloat16", **(config or {}),
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(made, indent=2) + "\n")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}\n')
+    return directory
+
+
+def _value(generator: Any, width: int, dtype: str) -> bytes:
+    value = generator.uniform(-0.1, 0.1)
+    if dtype == "F16":
+        return struct.pack("<e", value)
+    raw = struct.pack("<f", value)
+    return raw[2:] if width == 2 else raw
+
+
+# --- small models of transformers ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saves a small model of a family as it looks on the hub; see tests/families.py."""
+    from tests import families
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = families.save(name, tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    return make
