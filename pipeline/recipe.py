@@ -133,8 +133,8 @@ def parse_size(text: str) -> int:
     if not match or unit is None:
         raise ValueError("a size is a number and a unit: B, KB, MB, GB, TB, KiB, MiB or GiB, e.g. 5GB")
     size = int(float(match[1]) * unit)
-    if size < 1 << 20:
-        raise ValueError("the smallest shard is 1MiB")
+    if size < 10**6:
+        raise ValueError("the smallest shard is 1MB")
     return size
 
 

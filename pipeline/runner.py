@@ -113,6 +113,7 @@ def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tupl
         log.write("streamed", **vars(totals), peak_rss_bytes=peak_rss_bytes())
         _work(f"writing to {partial}", lambda: _seal(plan, partial, log))
         report = check_structure(partial, plan.checkpoint)
+        report.checkpoint = Path(plan.recipe.output).name  # as it will be called
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
         if not report.passed:
             raise PipelineError(

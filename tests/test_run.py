@@ -1,0 +1,301 @@
+"""Runs from end to end: publishing, resuming, identities, locks and signals, as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import plan as plans
+from pipeline import runner
+from pipeline.errors import Interrupted, PipelineError, UsageError
+from pipeline.journal import JOURNAL, Journal
+from pipeline.recipe import load
+from pipeline.report.console import Console
+from tests.conftest import QUANTIZE, all_tensors, assert_one_clear_line, make_plain_checkpoint, weight_files
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many units and pieces in a small checkpoint."""
+    monkeypatch.setattr(plans, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(plans, "PIECE_BYTES", 3_000)
+
+
+def run(recipe: Path, *overrides: str, fresh: bool = False) -> runner.Outcome:
+    return runner.run(load(recipe, overrides), Console(), fresh)
+
+
+def test_a_published_checkpoint(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (source / "model.gguf").write_bytes(b"x")
+    (source / "README.md").write_text("the source's card")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    done = quantize(write_recipe(source))
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert "published" in done.stdout and not (tmp_path / "out.partial").exists()
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "additional_chat_templates", "config.json", "model.safetensors", "model.safetensors.index.json",
+        "quantize", "tokenizer_config.json",
+    }  # fmt: skip
+    assert {path.name for path in (out / "quantize").iterdir()} == {
+        "events.jsonl", "journal.jsonl", "layers.json", "recipe.yaml", "verify.json", "versions.json",
+    }  # fmt: skip
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    tensors, index = all_tensors(out), json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors.values())
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+    assert load(out / "quantize" / "recipe.yaml").model.source == str(source)
+
+
+def test_a_second_identical_run_says_so_and_changes_nothing(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    assert quantize(recipe).returncode == 0
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    done = quantize(recipe, "runtime.threads=1")
+    assert done.returncode == 0 and "done already" in done.stdout
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_another_recipe_is_refused_and_fresh_replaces(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    assert quantize(recipe).returncode == 0
+    refused = quantize(recipe, "ignore=['re:.*down_proj']")
+    assert refused.returncode == 2
+    assert 'ignore: [] then, ["re:.*down_proj"] now' in refused.stderr and "--fresh" in refused.stderr
+    assert all_tensors(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"][0] == "F8_E4M3"
+    done = quantize(recipe, "ignore=['re:.*down_proj']", "--fresh")
+    assert done.returncode == 0, done.stderr
+    assert all_tensors(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"][0] == "BF16"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+def test_a_changed_source_is_another_run(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "source")
+    recipe = write_recipe(source)
+    assert quantize(recipe).returncode == 0
+    os.utime(source / "model-00001-of-00002.safetensors", ns=(1, 1))
+    refused = quantize(recipe)
+    assert refused.returncode == 2
+    assert "source.model-00001-of-00002.safetensors: the file has changed" in refused.stderr
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Make the run end after `count` journalled units: by a signal's flag, or as a crash in the middle of a unit."""
+    from pipeline import stream
+
+    original, seen = Journal.finish, []
+
+    def finish(self: Journal, unit: int, digests: Any) -> None:
+        original(self, unit, digests)
+        seen.append(unit)
+        if len(seen) == count:
+            if kind == "crash":
+                raise OSError(5, "Input/output error")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(stream.Journal, "finish", finish)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["signal", "crash"])
+def test_resume_gives_the_same_bytes(
+    kind: str, count: int, tmp_path: Path, write_recipe: Any, small_units: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4), more="shard_size: 1MB\n")
+    run(recipe, f"output={tmp_path / 'whole'}")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(count, patch, kind)
+        with pytest.raises((Interrupted, PipelineError)) as caught:
+            run(recipe)
+    assert caught.value.exit_status == (75 if kind == "signal" else 1)
+    assert not (tmp_path / "out").exists()
+    entries = [json.loads(line) for line in (tmp_path / "out.partial" / JOURNAL).read_text().splitlines()]
+    finished = len(entries) - 1
+    assert count <= finished < plans.UNIT_BYTES
+    stamps = {e["unit"] for e in entries[1:]}
+    capsys.readouterr()
+    run(recipe)
+    told = capsys.readouterr().out
+    assert f"going on after {finished} of " in told and "are written again" in told
+    again = [json.loads(line) for line in (tmp_path / "out" / JOURNAL).read_text().splitlines()]
+    assert [e for e in again[1:] if e["unit"] in stamps] == entries[1:], "a finished unit was done twice"
+    resumed = next(
+        json.loads(line)
+        for line in (tmp_path / "out" / "quantize" / "events.jsonl").read_text().splitlines()
+        if '"event":"resume"' in line
+    )
+    assert 0 < resumed["bytes_rewritten_at_most"] <= plans.UNIT_BYTES
+    whole, out = weight_files(tmp_path / "whole"), weight_files(tmp_path / "out")
+    for name in ("quantize/recipe.yaml", "quantize/verify.json", "README.md"):  # they name the output
+        assert whole.pop(name).replace(b"whole", b"out") == out.pop(name)
+    assert whole == out
+
+
+def test_finished_bytes_are_not_touched_again(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
+    """What the journal counts as done is really left alone: a byte changed there survives, and verify finds it."""
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    journal = [json.loads(line) for line in (tmp_path / "out.partial" / JOURNAL).read_text().splitlines()]
+    name, offset, nbytes, _ = journal[1]["pieces"][0]
+    with (tmp_path / "out.partial" / "model.safetensors").open("r+b") as file:
+        file.seek(offset + nbytes - 1)
+        byte = file.read(1)[0]
+        file.seek(offset + nbytes - 1)
+        file.write(bytes([byte ^ 1]))
+    run(recipe)
+    from pipeline.serving.verify import check_structure
+
+    report = check_structure(tmp_path / "out", contents=True)
+    assert report.problems == [f"{name}: its bytes are not those that the run wrote (SHA-256 differs)"]
+
+
+def test_a_torn_journal_line_is_cut_off(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    journal = tmp_path / "out.partial" / JOURNAL
+    raw = journal.read_bytes()
+    journal.write_bytes(raw[:-30])
+    run(recipe)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    journal = tmp_path / "out.partial" / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b"garbage\n" + lines[2])
+    with pytest.raises(UsageError, match="journal is damaged"):
+        run(recipe)
+    run(recipe, fresh=True)
+
+
+def test_other_versions_do_not_go_on(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "__version__", "9.9")
+        with pytest.raises(UsageError, match='pipeline: "0.1.0" then, "9.9" now'):
+            run(recipe)
+
+
+def test_two_runs_on_one_output(tmp_path: Path, write_recipe: Any, quantize: Any) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    journal = Journal.open(tmp_path / "out.partial", {"held": True})
+    try:
+        for options in ((), ("--fresh",)):
+            assert_one_clear_line(quantize(recipe, *options), 1, "another run is writing here")
+    finally:
+        journal.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_75(number: int, tmp_path: Path, write_recipe: Any, quantize: Any) -> None:
+    """A real process, a real signal, in the middle of a stream that a slow pipe of pieces keeps long enough."""
+    source = make_plain_checkpoint(tmp_path / "source", layers=6)
+    recipe = write_recipe(source)
+    code = (
+        "import sys, time; from pipeline import plan, stream; plan.UNIT_BYTES = 20_000; plan.PIECE_BYTES = 3_000\n"
+        "read = stream._read_piece\n"
+        "def slow(*a): time.sleep(0.01); read(*a)\n"
+        "stream._read_piece = slow\n"
+        "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
+    )
+    process = subprocess.Popen(
+        [QUANTIZE[0], "-c", code, recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / "out.partial" / JOURNAL
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    assert "Traceback" not in out + err
+    assert "run the same command again to go on" in err
+    assert not (tmp_path / "out").exists()
+    last = json.loads((tmp_path / "out.partial" / "quantize" / "events.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "interrupted"
+
+
+def test_a_result_that_fails_verification_is_not_published(
+    tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend forgets to ignore the head: the structural check must stop it, and the next run must not pass."""
+    from pipeline.backends import llmcompressor
+
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    section = llmcompressor.FP8Dynamic.config_section
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            llmcompressor.FP8Dynamic, "config_section", lambda self, chosen: {**section(self, chosen), "ignore": []}
+        )
+        for _ in range(2):
+            with pytest.raises(PipelineError, match="lm_head: BF16, but the config does not ignore it"):
+                run(recipe)
+            assert not (tmp_path / "out").exists()
+    verdict = json.loads((tmp_path / "out.partial" / "quantize" / "verify.json").read_text())
+    assert not verdict["passed"] and not verdict["proven_in_vllm"]
+    run(recipe)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_events_timings_and_trace(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "source", layers=3)
+    assert quantize(write_recipe(source)).returncode == 0
+    layers = {row["layer"]: row for row in json.loads((tmp_path / "out" / "quantize" / "layers.json").read_text())}
+    assert {f"model.layers.{i}" for i in range(3)} <= set(layers)
+    assert sum(row["bytes_read"] for row in layers.values()) == sum(len(t[2]) for t in all_tensors(source).values())
+    for row in layers.values():
+        assert row["rss_bytes"] > 1e6 and min(row["read_s"], row["quantize_s"], row["write_s"]) >= 0
+    done = quantize("trace", tmp_path / "out", "-o", tmp_path / "trace.json")
+    assert done.returncode == 0, done.stderr
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    complete = [event for event in trace if event["ph"] == "X"]
+    assert {event["cat"] for event in complete} == {"read", "quantize", "write", "flush"}
+    assert all(isinstance(event["ts"], int) and event["dur"] > 0 for event in complete)
+    named = {event["tid"] for event in trace if event["ph"] == "M"}
+    assert {event["tid"] for event in complete} <= named
+
+
+def test_progress_for_a_log_and_for_a_terminal(tmp_path: Path, write_recipe: Any, monkeypatch, capsys) -> None:
+    from pipeline.report import console
+
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    run(recipe)
+    told = capsys.readouterr().out
+    assert "model.layers.1: " in told and "s left" in told and "(100%)" in told
+    shown = Console()
+    import io
+
+    from rich.console import Console as Rich
+
+    shown.rich = Rich(file=io.StringIO(), force_terminal=True, width=100)
+    runner.run(load(recipe, [f"output={tmp_path / 'other'}"]), shown)
+    assert "172.7/172.7 kB" in shown.rich.file.getvalue() and "/s" in shown.rich.file.getvalue()
