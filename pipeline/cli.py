@@ -83,8 +83,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     made = _guarded(make)
     if as_json:
-        json.dump(plans.as_json(made), sys.stdout, indent=1)
-        sys.stdout.write("\n")
+        click.echo(json.dumps(plans.as_json(made)))
         return
     from pipeline.report.console import Console
 

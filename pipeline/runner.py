@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-
 from pipeline import __version__
 from pipeline.checkpoint import hub, sidecars
 from pipeline.checkpoint.writer import publish, sync_all, sync_directory, write_file

@@ -52,7 +52,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, **MOE, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": QWEN3_VISION}},
     "gemma3": {"class": "Gemma3ForConditionalGeneration", "config": {
-        "text_config": {**TEXT, "sliding_window": 64, "rope_parameters": GEMMA_ROPE}, "vision_config": SIGLIP, "mm_tokens_per_image": 4}},
+        "text_config": {**TEXT, "sliding_window": 64, "rope_parameters": GEMMA_ROPE},
+        "vision_config": SIGLIP, "mm_tokens_per_image": 4}},
     "llava": {"class": "LlavaForConditionalGeneration", "config": {
         "text_config": {**TEXT, "model_type": "llama"}, "vision_config": CLIP}},
     "mistral3": {"class": "Mistral3ForConditionalGeneration", "config": {

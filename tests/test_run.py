@@ -199,7 +199,7 @@ def test_other_versions_do_not_go_on(tmp_path: Path, write_recipe: Any, small_un
             run(recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "__version__", "9.9")
-        with pytest.raises(UsageError, match='pipeline: "0.1.0" then, "9.9" now'):
+        with pytest.raises(UsageError, match=r'pipeline: "0\.1\.0" then, "9\.9" now'):
             run(recipe)
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.source import SourceError, open_checkpoint
-from pipeline.errors import UsageError
+from pipeline.checkpoint.source import open_checkpoint
 from pipeline.model.selection import TESTED_MODEL_TYPES, quantizable_modules, select
 from tests import families
-from tests.conftest import make_plain_checkpoint
 
 
 def linears_of_the_language_model(name: str) -> set[str]:

@@ -1,0 +1,47 @@
+"""Gigabytes: memory stays below what the plan promises and does not grow with the depth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.big
+
+
+def convert(shape: str, layers: int, tmp_path: Path, quantize: Any, write_recipe: Any) -> tuple[int, int, int]:
+    """Peak RSS, the plan's bound and the source's size, in bytes."""
+    source = tmp_path / f"{shape}-{layers}"
+    script = ROOT / "scripts" / "make_checkpoint.py"
+    subprocess.run([sys.executable, script, shape, source, "--layers", str(layers)], check=True, capture_output=True)
+    recipe = write_recipe(source)
+    told = json.loads(quantize("plan", recipe, "runtime.threads=2", "--json").stdout)
+    done = quantize(recipe, "runtime.threads=2")
+    assert done.returncode == 0, done.stderr
+    events = (tmp_path / "out" / "quantize" / "events.jsonl").read_text().splitlines()
+    (streamed,) = (event for event in map(json.loads, events) if event["event"] == "streamed")
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(source)
+    return streamed["peak_rss_bytes"], told["peak_memory_bytes"], told["source"]["bytes"]
+
+
+def test_memory_is_bounded_and_does_not_grow_with_depth(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    shallow, bound, size = convert("llama_3_2_1b", 12, tmp_path, quantize, write_recipe)
+    deep, bound_of_deep, size_of_deep = convert("llama_3_2_1b", 24, tmp_path, quantize, write_recipe)
+    assert size > 1.9e9 and size_of_deep > 3.4e9
+    assert bound_of_deep == bound < 0.8e9
+    assert shallow < bound and deep < bound
+    assert deep < shallow + 40e6, "what grows with the depth is a plan's entry, not a weight"
+
+
+def test_fused_experts_of_real_size(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    peak, bound, size = convert("qwen3_vl_30b_a3b", 1, tmp_path, quantize, write_recipe)
+    assert size > 3.5e9
+    assert peak < bound < 0.8e9

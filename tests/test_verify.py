@@ -1,0 +1,180 @@
+"""The structural check finds what is broken, and says it in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint.source import open_checkpoint
+from pipeline.serving.verify import check_structure
+from tests.conftest import make_plain_checkpoint, read_shard, write_shard
+
+SHARD = "model.safetensors"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and its result."""
+    from pipeline import recipe, runner
+    from pipeline.report.console import Console
+
+    root = tmp_path_factory.mktemp("pair")
+    vision = {"visual.blocks.0.qkv.weight": (24, 8), "visual.blocks.0.norm.weight": (8,)}
+    source = make_plain_checkpoint(root / "source", extra=vision)
+    text = (
+        f"model: {{source: '{source}'}}\noutput: {root / 'out'}\nbackend: llmcompressor\n"
+        "scheme: fp8_dynamic\nkv_cache: none\nverify: structure\n"
+    )
+    runner.run(recipe.parse(text), Console())
+    return source, root / "out"
+
+
+def edit_config(out: Path, change: Callable[[Any], Any]) -> None:
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def section(out: Path, **values: Any) -> None:
+    edit_config(out, lambda config: config["quantization_config"].update(values))
+
+
+def rewrite(out: Path, change: Callable[[dict[str, tuple[dict[str, Any], bytes]]], None]) -> None:
+    """Change tensors as (entry, bytes) by name, and lay the shard and the index out anew."""
+    header, data = read_shard(out / SHARD)
+    header.pop("__metadata__")
+    tensors = {name: (entry, data[slice(*entry["data_offsets"])]) for name, entry in header.items()}
+    change(tensors)
+    fresh, body = {}, b""
+    for name, (entry, raw) in tensors.items():
+        fresh[name] = {**entry, "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    write_shard(out / SHARD, fresh, body)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(fresh, SHARD)
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def set_scale(value: float) -> Callable[[Path], None]:
+    def change(tensors: Any) -> None:
+        entry, raw = tensors[Q + "_scale"]
+        tensors[Q + "_scale"] = (entry, struct.pack("<f", value)[2:] + raw[2:])
+
+    return lambda out: rewrite(out, change)
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda out: rewrite(out, lambda tensors: tensors.pop(name))
+
+
+def rename(old: str, new: str) -> Callable[[Path], None]:
+    return lambda out: rewrite(out, lambda tensors: tensors.update({new: tensors.pop(old)}))
+
+
+def reshape(name: str, shape: list[int]) -> Callable[[Path], None]:
+    return lambda out: rewrite(out, lambda t: t.update({name: ({**t[name][0], "shape": shape}, t[name][1])}))
+
+
+def cast_vision(out: Path) -> None:
+    def change(tensors: Any) -> None:
+        name = "visual.blocks.0.qkv.weight"
+        entry, raw = tensors[name]
+        tensors[name] = ({**entry, "dtype": "F8_E4M3"}, raw[: len(raw) // 2])
+        tensors[name + "_scale"] = ({"dtype": "BF16", "shape": [24, 1]}, b"\x80\x3f" * 24)
+
+    rewrite(out, change)
+
+
+def flip_a_bit(name: str) -> Callable[[Path], None]:
+    def change(tensors: Any) -> None:
+        entry, raw = tensors[name]
+        tensors[name] = (entry, bytes([raw[0] ^ 1]) + raw[1:])
+
+    return lambda out: rewrite(out, change)
+
+
+# name: (damage, sentence, whether the checkpoint alone shows it)
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
+    "no section": (lambda o: edit_config(o, lambda c: c.pop("quantization_config")), "no quantization_config", True),
+    "another method": (lambda o: section(o, quant_method="gptq"), "quant_method 'gptq' is not known", True),
+    "head not ignored": (lambda o: section(o, ignore=["visual.blocks.0.qkv"]), "lm_head: BF16, but the config", True),
+    "vision not ignored": (lambda o: section(o, ignore=["lm_head"]), "visual.blocks.0.qkv: BF16, but the config", True),
+    "an ignore that matches nothing": (
+        lambda o: section(o, ignore=["lm_head", "visual.blocks.0.qkv", "visual"]), "'visual' matches nothing", True),
+    "an ignore of FP8": (
+        lambda o: section(o, ignore=["lm_head", "re:.*q_proj", "visual.blocks.0.qkv"]),
+        "q_proj: it is FP8, but the config ignores it", True),
+    "NaN scale": (set_scale(float("nan")), f"{Q}_scale: 1 scale(s) are not finite and positive, first nan", True),
+    "zero scale": (set_scale(0.0), "not finite and positive, first 0.0", True),
+    "negative scale": (set_scale(-1.0), "not finite and positive, first -1.0", True),
+    "scale removed": (drop(Q + "_scale"), f"{Q}: FP8 codes without a weight_scale", True),
+    "weight removed": (drop(Q), f"{Q}_scale: there is no FP8 weight that it scales", True),
+    "scale of another shape": (reshape(Q + "_scale", [1, 64]), "one scale a row is [64, 1]", True),
+    "truncated": (lambda o: os.truncate(o / SHARD, (o / SHARD).stat().st_size - 5), "truncated", True),
+    "shard removed": (lambda o: (o / SHARD).unlink(), "not there", True),
+    "a tensor renamed": (rename("model.norm.weight", "model.morn.weight"), "model.norm.weight: it is lost", False),
+    "an extra tensor": (
+        lambda o: rewrite(o, lambda t: t.update({"extra.bias": ({"dtype": "BF16", "shape": [1]}, b"\0\0")})),
+        "extra.bias: the source has nothing", False),
+    "a layer lost": (
+        drop("model.layers.1.input_layernorm.weight"), "model.layers.1.input_layernorm.weight: it is lost", False),
+    "vision cast to FP8": (cast_vision, "visual.blocks.0.qkv.weight: it became F8_E4M3", False),
+    "another config": (lambda o: edit_config(o, lambda c: c.update(rms_norm_eps=1e-5)), "in rms_norm_eps", False),
+    "another tokenizer": (
+        lambda o: (o / "tokenizer_config.json").write_text("{}"), "tokenizer_config.json: it differs", False),
+    "a file lost": (lambda o: (o / "tokenizer_config.json").unlink(), "the checkpoint does not", False),
+    "a bit of vision": (
+        flip_a_bit("visual.blocks.0.qkv.weight"), "visual.blocks.0.qkv.weight: it was to stay as it is", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_damage_is_named(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = pair
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    damage, words, alone = DAMAGE[name]
+    damage(damaged)
+    with_source = check_structure(damaged, open_checkpoint(source), contents=True)
+    assert any(words in problem for problem in with_source.problems), with_source.problems
+    without = check_structure(damaged)
+    assert any(words in problem for problem in without.problems) == alone, without.problems
+
+
+def test_a_sound_checkpoint_passes(pair: tuple[Path, Path], quantize: Any) -> None:
+    source, out = pair
+    for options in ((), ("--source", source)):
+        done = quantize("verify", out, *options)
+        assert done.returncode == 0, done.stdout
+        assert "SHA-256 as recorded" in done.stdout and "not proven in vLLM" in done.stdout
+    assert json.loads(quantize("verify", out, "--json").stdout)["passed"]
+
+
+def test_a_bit_of_the_codes_is_found_by_its_hash(pair: tuple[Path, Path], tmp_path: Path, quantize: Any) -> None:
+    _source, out = pair
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    header, data = read_shard(damaged / SHARD)
+    begin, raw = header[Q]["data_offsets"][0], (damaged / SHARD).read_bytes()
+    position = len(raw) - len(data) + begin
+    (damaged / SHARD).write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
+    done = quantize("verify", damaged)
+    assert done.returncode == 1
+    assert f"PROBLEM: {Q}: its bytes are not those that the run wrote" in done.stdout
+
+
+def test_checkpoints_of_llm_compressor_itself(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without our records, and with an ignore of literal names only."""
+    source, out = pair
+    theirs = shutil.copytree(out, tmp_path / "theirs", ignore=shutil.ignore_patterns("quantize"))
+    section(theirs, ignore=["lm_head", "visual.blocks.0.qkv"])
+    report = check_structure(theirs, open_checkpoint(source), contents=True)
+    assert report.problems == []
+    assert "no hashes were recorded for this checkpoint" in report.checked
