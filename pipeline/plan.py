@@ -170,6 +170,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         )
     if recipe.runtime.device == "cuda":
         warnings.append("runtime.device: cuda is not used: this path needs no data and the disk sets its pace")
+    if recipe.runtime.work_directory is not None:
+        warnings.append("runtime.work_directory is not used: this path writes no scratch files")
+    if recipe.calibration is not None:
+        warnings.append("calibration is not used: neither fp8_dynamic weights nor kv_cache: none need data")
     return Plan(
         recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, identity, threads, tuple(warnings)
     )

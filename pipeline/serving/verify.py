@@ -12,6 +12,7 @@ import math
 import os
 import re
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,23 +111,29 @@ def _check_scales(result: Checkpoint, report: Report) -> None:
         if len(tensor.shape) != 2 or scale.shape != expected:
             report.problems.append(f"{scale.name}: shape {list(scale.shape)}, one scale a row is {list(expected)}")
             continue
-        bad = [value for value in _floats(result, scale) if not (math.isfinite(value) and value > 0)]
-        if bad:
+        if bad := _bad_scales(result, scale):
             report.problems.append(f"{scale.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
     if not counted:
         report.problems.append("there is no FP8 weight in this checkpoint")
     report.checked.append(f"{counted} FP8 weights: each has finite, positive scales of the right shape")
 
 
-def _floats(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
-    raw = _read(checkpoint, tensor, 0, tensor.nbytes)
-    if tensor.dtype == "BF16":
-        wide = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
-        return list(struct.unpack(f"<{len(raw) // 2}f", wide))
-    code = {"F16": "e", "F32": "f", "F64": "d"}.get(tensor.dtype)
-    if code is None:
+def _bad_scales(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
+    """The values that are not finite and positive: as integers, those are the bit patterns from 1 to below Inf's."""
+    formats = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}
+    if tensor.dtype not in formats:
         return [math.nan]
-    return list(struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw))
+    code, infinity = formats[tensor.dtype]
+    bits = array(code, _read(checkpoint, tensor, 0, tensor.nbytes))
+    if bits and min(bits) > 0 and max(bits) < infinity:
+        return []
+    return [_as_float(value, tensor.dtype) for value in bits if not 0 < value < infinity]
+
+
+def _as_float(bits: int, dtype: str) -> float:
+    if dtype == "F16":
+        return float(struct.unpack("<e", struct.pack("<H", bits))[0])
+    return float(struct.unpack("<f", struct.pack("<I", bits << 16 if dtype == "BF16" else bits))[0])
 
 
 def _read(checkpoint: Checkpoint, tensor: Tensor, start: int, count: int) -> bytes:
