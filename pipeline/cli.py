@@ -72,13 +72,13 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show every tensor's fate, the output's shards and the memory needed, from headers alone."""
     from pipeline import plan as plans
     from pipeline import recipe as recipes
+    from pipeline import runner
     from pipeline.checkpoint import hub
 
     def make() -> plans.Plan:
         wanted = recipes.load(recipe, overrides)
         made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
-        output = Path(wanted.output).expanduser().absolute()
-        plans.check_disk(made, output, output.with_name(output.name + ".partial"))
+        runner.preflight(made)
         return made
 
     made = _guarded(make)

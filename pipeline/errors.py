@@ -34,7 +34,7 @@ def explain_os_error(error: OSError, doing: str) -> str:
     """
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full while {doing}{where}; free some space and run the same command again: it goes on"
+        return f"the disk is full while {doing}{where}; free some space and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission while {doing}{where}: {error.strerror}; choose a directory you may write to"
     if error.errno == errno.EIO:

@@ -11,10 +11,12 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.writer import sync_directory
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import differences
 
@@ -48,12 +50,14 @@ class Journal:
         Args:
             partial: the directory under construction.
             identity: this run's; a journal of another identity is refused.
-            fresh: throw away what is there.
+            fresh: throw away what an earlier run left there.
 
         Raises:
             PipelineError: another process holds the lock.
-            UsageError: the journal belongs to another run; the text names the fields that differ.
+            UsageError: the directory is not ours, or its journal belongs to another run; the text names the fields
+                that differ.
         """
+        _refuse_strangers(partial)
         (partial / "quantize").mkdir(parents=True, exist_ok=True)
         lock = _lock(partial)
         try:
@@ -64,6 +68,8 @@ class Journal:
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if os.fstat(file).st_size == 0:
                 _append(file, {"identity": identity})
+            for directory in (partial / "quantize", partial, partial.parent):
+                sync_directory(directory)
         except BaseException:
             os.close(lock)
             raise
@@ -75,6 +81,14 @@ class Journal:
         _append(self._file, {"unit": unit, "pieces": rows})
         self.done[unit] = digests
 
+    def forget(self, units: Iterable[int]) -> None:
+        """Take finished units back: what they wrote is gone."""
+        units = sorted(units)
+        if units:
+            _append(self._file, {"forget": units})
+            for unit in units:
+                self.done.pop(unit, None)
+
     def close(self) -> None:
         """Close the journal and give up the lock."""
         os.close(self._file)
@@ -83,15 +97,41 @@ class Journal:
 
 def read_identity(directory: Path) -> dict[str, Any] | None:
     """The identity of the run that made, or is making, this directory; None if no run of ours did."""
-    for name in (JOURNAL, "quantize/identity.json"):
-        try:
-            with (directory / name).open(encoding="utf-8") as file:
-                entry = json.loads(file.readline() if name == JOURNAL else file.read())
-        except (OSError, ValueError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("identity"), dict):
-            return dict(entry["identity"])
-    return None
+    try:
+        with (directory / JOURNAL).open(encoding="utf-8") as file:
+            entry = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    found = entry.get("identity") if isinstance(entry, dict) else None
+    return dict(found) if isinstance(found, dict) else None
+
+
+def read_pieces(directory: Path) -> list[Digest] | None:
+    """The hashes that the run recorded, without units taken back; None without a journal.
+
+    Raises:
+        ValueError: the journal is damaged.
+    """
+    try:
+        lines = (directory / JOURNAL).read_bytes().splitlines()
+    except FileNotFoundError:
+        return None
+    return [digest for digests in _finished(lines[1:]).values() for digest in digests]
+
+
+def _finished(lines: list[bytes]) -> dict[int, list[Digest]]:
+    done: dict[int, list[Digest]] = {}
+    try:
+        for line in lines:
+            entry = json.loads(line)
+            if "forget" in entry:
+                for unit in entry["forget"]:
+                    done.pop(unit, None)
+            else:
+                done[entry["unit"]] = [Digest(*row) for row in entry["pieces"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("the journal is damaged") from None
+    return done
 
 
 def _append(file: int, entry: dict[str, Any]) -> None:
@@ -116,23 +156,43 @@ def _lock(partial: Path) -> int:
     return lock
 
 
+def discard(directory: Path) -> None:
+    """Remove a directory of ours; its journal first, so that no part of it is ever taken for finished work."""
+    (directory / JOURNAL).unlink(missing_ok=True)
+    sync_directory(directory / "quantize")
+    shutil.rmtree(directory)
+
+
 def _empty(partial: Path) -> None:
-    for path in partial.iterdir():
-        if path.name == "quantize":
-            for inner in path.iterdir():
-                if inner.name != "lock":
-                    shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
-        elif path.is_dir() and not path.is_symlink():
+    """Remove everything but the lock; the journal first, as in `discard`."""
+    (partial / JOURNAL).unlink(missing_ok=True)
+    sync_directory(partial / "quantize")
+    for path in [*partial.iterdir(), *(partial / "quantize").iterdir()]:
+        if path in (partial / "quantize", partial / LOCK):
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _refuse_strangers(partial: Path) -> None:
+    """Before anything is touched: a directory of this name that no run of ours made."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise UsageError(f"{partial}: it is a link or a file, not a directory of ours; move it away")
+    if not partial.exists() or (partial / LOCK).exists() or (partial / JOURNAL).exists():
+        return
+    strange = sorted(path.name for path in partial.iterdir() if path.name != "quantize" or any(path.iterdir()))
+    if strange:
+        raise UsageError(
+            f"{partial}: it holds {strange[0]}, but no journal of ours; move it away, or choose another output"
+        )
 
 
 def _read(path: Path, identity: dict[str, Any], partial: Path) -> dict[int, list[Digest]]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        _refuse_strangers(partial)
         return {}
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) != len(raw):
@@ -141,21 +201,14 @@ def _read(path: Path, identity: dict[str, Any], partial: Path) -> dict[int, list
     if not lines:
         return {}
     try:
-        entries = [json.loads(line) for line in lines]
-        found = entries[0]["identity"]
-        done = {entry["unit"]: [Digest(*row) for row in entry["pieces"]] for entry in entries[1:]}
+        found = json.loads(lines[0])["identity"]
+        done = _finished(lines[1:])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path}: the journal is damaged; start over with --fresh") from None
-    if found != json.loads(json.dumps(identity)):
-        changed = "\n".join(f"  {line}" for line in differences(found, json.loads(json.dumps(identity))))
+    if found != identity:
+        changed = "\n".join(f"  {line}" for line in differences(found, identity))
         raise UsageError(
             f"{partial}: another run began this; it differs in\n{changed}\nrun that recipe again to go on with it, "
             "choose another output, or start over with --fresh"
         )
     return done
-
-
-def _refuse_strangers(partial: Path) -> None:
-    strange = sorted(path.name for path in partial.iterdir() if path.name != "quantize")
-    if strange:
-        raise UsageError(f"{partial}: it holds {strange[0]}, but no journal of ours; move it away, or use --fresh")

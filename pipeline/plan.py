@@ -14,6 +14,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,14 @@ from pipeline.backends.base import Backend
 from pipeline.backends.llmcompressor import FP8Dynamic
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import PipelineError, UsageError
-from pipeline.model.selection import REASONS, ExpertLayout, Selection, expert_modules, head_is_tied, select
+from pipeline.model.selection import (
+    REASONS,
+    ExpertLayout,
+    IgnoreList,
+    Selection,
+    expert_modules,
+    select,
+)
 from pipeline.recipe import Recipe, not_yet_built
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
@@ -116,9 +124,14 @@ class Plan:
     outputs: dict[str, OutputTensor]
     shards: tuple[OutputShard, ...]
     pieces: tuple[Piece, ...]
-    identity: dict[str, Any]
     threads: int
     warnings: tuple[str, ...]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """See `_identity`; read from disk once, when a run first needs it."""
+        found: dict[str, Any] = json.loads(json.dumps(_identity(self)))  # as a journal gives it back
+        return found
 
     @property
     def output_nbytes(self) -> int:
@@ -160,8 +173,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     pieces = tuple(_cut(checkpoint, drafts, outputs))
     fates = {draft.fate.tensor.name: draft.fate for draft in drafts}
     _check_accounts(checkpoint, fates, outputs, pieces)
+    _check_ignore(backend, selection, fates, outputs)
     threads = recipe.runtime.threads or min(8, os.cpu_count() or 1)
-    identity = _identity(recipe, checkpoint, backend, shards)
     warnings = list(selection.warnings)
     if recipe.verify != "structure":
         warnings.append(
@@ -174,9 +187,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         warnings.append("runtime.work_directory is not used: this path writes no scratch files")
     if recipe.calibration is not None:
         warnings.append("calibration is not used: neither fp8_dynamic weights nor kv_cache: none need data")
-    return Plan(
-        recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, identity, threads, tuple(warnings)
-    )
+    return Plan(recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, threads, tuple(warnings))
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -213,12 +224,10 @@ class _Draft:
 
 
 def _draft(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
-    tied = head_is_tied(checkpoint.config)
     for name, tensor in checkpoint.tensors.items():
         choice = selection.choices[name]
         reason = REASONS[choice.role]
-        if choice.role == "head" and tied:
-            reason = "tied to the embedding (tie_word_embeddings): loaders use that and skip this one"
+        if choice.role == "tied head":
             yield _Draft(TensorFate(tensor, "drop", reason, choice.component, None, ()), (), ())
             continue
         if choice.role not in ("linear", "experts"):
@@ -392,26 +401,63 @@ def _check_accounts(
             raise SourceError(f"{name}: {written[name]} of {output.nbytes} bytes have a source; please report it")
 
 
+def _check_ignore(
+    backend: Backend, selection: Selection, fates: dict[str, TensorFate], outputs: dict[str, OutputTensor]
+) -> None:
+    """The config's ignore list against the tensors that will stand beside it, before the first byte is read."""
+    linears = {}
+    for fate in fates.values():
+        role = selection.choices[fate.tensor.name].role
+        for name in fate.outputs:
+            output = outputs[name]
+            linear = len(output.shape) == 2 and name.endswith(".weight") and role != "embedding"
+            if linear or (role == "ignored" and len(output.shape) == 2):
+                linears[name.removesuffix(".weight")] = output.dtype
+    modules = {name.rpartition(".")[0] for name in outputs} | set(selection.kept_linears)
+    problems = IgnoreList(backend.config_section(selection)["ignore"]).problems(linears, modules)
+    if problems:
+        raise SourceError(f"{problems[0]} (and {len(problems) - 1} more); please report it with the plan's --json")
+
+
 # --- identity ----------------------------------------------------------------------------------------
 
 
-def _identity(
-    recipe: Recipe, checkpoint: Checkpoint, backend: Backend, shards: tuple[OutputShard, ...]
-) -> dict[str, Any]:
-    """What must be the same for a run to go on where another stopped. Flat, so that differences have names."""
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What must be the same for a run to go on where another stopped. Flat, so that differences have names.
+
+    A directory's content is known by its path, sizes, mtimes, headers and a few sampled blocks a shard, since
+    another fine-tune of the same model has the same headers, and may have been unpacked with the same mtimes; a
+    hub's commit names its content.
+    """
+    recipe, checkpoint = plan.recipe, plan.checkpoint
     asked = recipe.model_dump(include={"backend", "scheme", "kv_cache", "ignore", "calibration", "backend_options"})
-    identity: dict[str, Any] = {"pipeline": __version__, **asked, "shard_size": recipe.shard_bytes}
-    identity["source.revision"] = checkpoint.revision
+    found: dict[str, Any] = {"pipeline": __version__, **asked, "shard_size": recipe.shard_bytes}
+    on_hub = checkpoint.revision is not None
+    found["source"] = checkpoint.label if on_hub else str(checkpoint.root.resolve())
+    found["source.revision"] = checkpoint.revision
     for shard in checkpoint.shards:
-        identity[f"source.{shard.name}"] = [shard.size, shard.header_sha256, shard.modified]
+        sample = None if on_hub or shard.path is None else _sample(shard.path, shard.size)
+        found[f"source.{shard.name}"] = [shard.size, shard.header_sha256, shard.modified, sample]
     for name in checkpoint.sidecars:
         status = (checkpoint.root / name).stat()
-        dated = status.st_mtime_ns if checkpoint.revision is None else 0
-        identity[f"source.{name}"] = [status.st_size, dated]
-    identity.update((f"library.{name}", found) for name, found in backend.versions().items())
-    identity["layout"] = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
-    identity["units"] = [PIECE_BYTES, UNIT_BYTES]
-    return identity
+        found[f"source.{name}"] = [status.st_size, 0 if on_hub else status.st_mtime_ns]
+    dtypes = {piece.dtype for piece in plan.pieces if piece.kind == "quantize"}
+    found.update((f"library.{name}", version) for name, version in plan.backend.versions(dtypes).items())
+    found["layout"] = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
+    found["units"] = [PIECE_BYTES, UNIT_BYTES]
+    return found
+
+
+SAMPLES, SAMPLE_BYTES = 8, 4096
+
+
+def _sample(path: Path, size: int) -> str:
+    """SHA-256 over a few blocks spread over a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(1, SAMPLES + 1):
+            digest.update(os.pread(file.fileno(), SAMPLE_BYTES, size * number // (SAMPLES + 1)))
+    return digest.hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

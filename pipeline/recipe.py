@@ -97,8 +97,15 @@ class Common(Section):
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
-                except re.error as error:
+                except (re.error, OverflowError, RecursionError) as error:
                     raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: str) -> str:
+        if not Path(value).name:
+            raise ValueError("it must name a new directory")
         return value
 
     @property
@@ -132,7 +139,10 @@ def parse_size(text: str) -> int:
     unit = UNITS.get(match[2].upper()) if match else None
     if not match or unit is None:
         raise ValueError("a size is a number and a unit: B, KB, MB, GB, TB, KiB, MiB or GiB, e.g. 5GB")
-    size = int(float(match[1]) * unit)
+    try:
+        size = int(float(match[1]) * unit)
+    except OverflowError:
+        raise ValueError("no disk is that large") from None
     if size < 10**6:
         raise ValueError("the smallest shard is 1MB")
     return size
@@ -195,7 +205,12 @@ def _convert(node: yaml.Node, path: tuple[str | int, ...], document: Document, f
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_convert(item, (*path, index), document, file, budget) for index, item in enumerate(node.value)]
-    return _scalar(node)
+    try:
+        return _scalar(node)
+    except (ValueError, AttributeError, OverflowError, TypeError, yaml.YAMLError) as error:
+        what = " ".join(str(error).split("\n")[0].split())
+        document.problems.append((document.places[path], f"{dotted(path)}: this value cannot be read: {what}"))
+        return None
 
 
 class _Loader(yaml.SafeLoader):
@@ -219,16 +234,22 @@ def _scalar(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _parse_value(text: str) -> Any:
-    """The value of a KEY=VALUE override, read as YAML would read it; text that is no YAML stays text."""
+def _parse_value(text: str) -> tuple[Any, list[str]]:
+    """The value of a KEY=VALUE override, read as YAML would read it, and what is wrong with it.
+
+    Text that is no YAML stays text.
+    """
+    document = Document({}, {}, [])
     try:
         node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            return "", []
+        value = _convert(node, (), document, "value", [1000])
     except yaml.YAMLError:
-        return text
-    if node is None:
-        return ""
-    document = Document({}, {}, [])
-    return _convert(node, (), document, "", [1000])
+        return text, []
+    except RecursionError:
+        return None, ["the value is nested too deeply"]
+    return value, [message.removeprefix(": ") for _, message in document.problems]
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -343,7 +364,8 @@ def _override(document: Document, override: str) -> None:
             document.problems.append((place, f"{'.'.join(parts[: depth + 1])} holds a value, it has no keys below it"))
             return
         target = inner
-    target[parts[-1]] = _parse_value(value)
+    target[parts[-1]], wrong = _parse_value(value)
+    document.problems += [(place, f"{key}: {message}") for message in wrong]
     prefix = tuple(parts)
     for stale in [path for path in document.places if path[: len(prefix)] == prefix]:
         del document.places[stale]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
 from pipeline.checkpoint import hub, sidecars
-from pipeline.checkpoint.writer import publish, sync_all, sync_directory, write_file
+from pipeline.checkpoint.writer import lost_shards, publish, sync_all, sync_directory, write_file
 from pipeline.errors import Interrupted, PipelineError, UsageError, explain_os_error
 from pipeline.events import EventLog, layer_timings, peak_rss_bytes, read_events
-from pipeline.journal import LOCK, Journal, read_identity
+from pipeline.journal import LOCK, Journal, discard, read_identity
 from pipeline.plan import Plan, check_disk, differences, make_plan, size_text
 from pipeline.serving.verify import Report, check_structure
-from pipeline.stream import Totals, run_stream
+from pipeline.stream import Totals, run_stream, take_back_lost_units
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -64,38 +63,62 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
     Raises:
         PipelineError: see `pipeline.errors`; nothing is published then.
     """
-    output = Path(recipe.output).expanduser().absolute()
-    partial = output.with_name(output.name + ".partial")
+    output, partial = places(recipe)
     with _stop_on_signals() as stop:
         plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
-        _refuse_overlap(plan, output)
-        if _finished(plan, output, fresh):
+        if preflight(plan, fresh):
             return Outcome(output, True, _layers(output), Totals(), None)
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
-        else:
-            _work("looking at the disk", lambda: check_disk(plan, output, partial))
         console.show_plan(plan)
         journal = _work(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
-                shutil.rmtree(partial)
+                discard(partial)
                 return Outcome(output, True, _layers(output), Totals(), None)
             totals, report = _convert(plan, journal, console, stop)
             stop.hold()
-            _work(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
+            _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
+            exchanged = _work(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
             (output / LOCK).unlink(missing_ok=True)
+            if exchanged:
+                discard(partial)  # the result that --fresh replaces
         finally:
             journal.close()
-        if partial.exists():  # exchanged: the result that --fresh replaces
-            shutil.rmtree(partial)
     return Outcome(output, False, _layers(output), totals, report)
+
+
+def places(recipe: Recipe) -> tuple[Path, Path]:
+    """Where the result will be, and where it is made."""
+    output = Path(recipe.output).expanduser().absolute()
+    return output, output.with_name(output.name + ".partial")
+
+
+def preflight(plan: Plan, fresh: bool = False) -> bool:
+    """Everything that can be refused before the first byte; nothing is written.
+
+    Returns:
+        Whether `output` is this very result already.
+
+    Raises:
+        UsageError: the output is not ours, another run's, or overlaps with the source.
+        PipelineError: the disk is too small.
+    """
+    output, partial = places(plan.recipe)
+    for place in (output, partial):
+        _refuse_overlap(plan, place)
+    if _finished(plan, output, fresh):
+        return True
+    _work("looking at the disk", lambda: check_disk(plan, output, partial))
+    return False
 
 
 def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tuple[Totals, Report]:
     partial = journal.partial
     log = EventLog(partial / "quantize" / "events.jsonl")
     try:
+        for name in take_back_lost_units(plan, journal):
+            console.say(f"{partial / name}: missing or short, although finished before; it is written again")
         resumed = len(journal.done)
         log.write("run", pid=os.getpid(), units=plan.units, done=resumed, identity=plan.identity)
         if 0 < resumed < plan.units:
@@ -187,21 +210,24 @@ def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
         raise UsageError(f"{output}: it exists and is no result of this program; move it, or choose another output")
     if fresh:
         return False
-    now = json.loads(json.dumps(plan.identity))
-    if found != now:
-        changed = "\n".join(f"  {line}" for line in differences(found, now))
+    if found != plan.identity:
+        changed = "\n".join(f"  {line}" for line in differences(found, plan.identity))
         raise UsageError(
             f"{output}: it is the result of another run, which differs in\n{changed}\n"
             "choose another output, or replace it with --fresh"
         )
+    if lost := lost_shards(output, plan.shards):
+        raise PipelineError(
+            f"{output}: {plan.shards[min(lost)].name} is missing or damaged, although this run had finished; "
+            "make it again with --fresh"
+        )
     return True
 
 
-def _refuse_overlap(plan: Plan, output: Path) -> None:
-    source = plan.checkpoint.root.resolve()
-    target = output.resolve()
+def _refuse_overlap(plan: Plan, place: Path) -> None:
+    source, target = plan.checkpoint.root.resolve(), place.resolve()
     if target == source or source in target.parents or target in source.parents:
-        raise UsageError(f"output: {output} and the source {source} lie in each other; the source is never written to")
+        raise UsageError(f"output: {place} and the source {source} lie in each other; the source is never written to")
 
 
 def _work(doing: str, call: Callable[[], T]) -> T:

@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.backends.fp8 import NonFiniteWeight, check_finite, transpose
-from pipeline.checkpoint.source import DTYPE_BYTES, SourceError
-from pipeline.checkpoint.writer import ShardWriter
+from pipeline.checkpoint.source import DTYPE_BYTES, Shard, SourceError
+from pipeline.checkpoint.writer import ShardWriter, lost_shards
 from pipeline.errors import Interrupted
 from pipeline.events import EventLog, rss_bytes
 from pipeline.journal import Digest, Journal
@@ -48,6 +48,14 @@ class Totals:
     bytes_written: int = 0
     units: int = 0
     seconds: float = 0.0
+
+
+def take_back_lost_units(plan: Plan, journal: Journal) -> list[str]:
+    """Forget finished units whose shard is missing or short, e.g. after a power cut; returns those shards' names."""
+    lost = lost_shards(journal.partial, plan.shards)
+    gone = {p.unit for p in plan.pieces if p.unit in journal.done and any(w.shard in lost for w in p.writes)}
+    journal.forget(gone)
+    return [plan.shards[index].name for index in sorted(lost)] if gone else []
 
 
 def run_stream(
@@ -115,7 +123,7 @@ def run_stream(
         reader = threading.Thread(target=read_ahead, name="read", daemon=True)
         reader.start()
         try:
-            _write_behind(ordered, slots, buffers, writer, journal, log, totals, on_piece)
+            _write_behind(plan, ordered, slots, buffers, writer, journal, log, totals, on_piece)
         finally:
             failed.set()
             for _ in range(2):
@@ -128,6 +136,7 @@ def run_stream(
 
 
 def _write_behind(
+    plan: Plan,
     ordered: queue.SimpleQueue[Future[Result] | BaseException | None],
     slots: threading.Semaphore,
     buffers: _Buffers,
@@ -140,10 +149,14 @@ def _write_behind(
     """Write results in order; at each unit's end flush, then record it."""
     unit: int | None = None
     digests: list[Digest] = []
+    read_from: set[int] = set()
 
     def finish(number: int) -> None:
         begin = time.time()
         writer.flush()
+        for shard in read_from:
+            _refuse_changed(plan.checkpoint.shards[shard])
+        read_from.clear()
         journal.finish(number, list(digests))
         log.write("unit", unit=number, bytes=sum(d.nbytes for d in digests), flush=[begin, time.time()])
         digests.clear()
@@ -161,6 +174,7 @@ def _write_behind(
         for write in piece.writes:
             writer.write(write.shard, write.offset, result.data[write.start : write.start + write.nbytes])
         digests.extend(result.digests)
+        read_from.add(piece.shard)
         totals.bytes_read += piece.nbytes
         totals.bytes_written += piece.result_nbytes
         log.write(
@@ -226,7 +240,8 @@ class _Compute:
 
     def _result(self, piece: Piece, data: memoryview, used: list[bytearray]) -> memoryview:
         if piece.kind == "copy":
-            check_finite(data, piece.dtype)
+            if piece.tensor.endswith((".weight", ".bias", "_proj")):  # a mask in a buffer may well hold -Inf
+                check_finite(data, piece.dtype)
             return data
         width = DTYPE_BYTES[piece.dtype]
         if piece.transposed:
@@ -249,17 +264,27 @@ READ_AHEAD_BYTES = 64 << 20
 def _open_shard(plan: Plan, index: int) -> int:
     shard = plan.checkpoint.shards[index]
     assert shard.path is not None, "a run resolves its source with all shards present"
+    _refuse_changed(shard)
     try:
         file = os.open(shard.path, os.O_RDONLY)
     except OSError as error:
         raise SourceError(f"{shard.path}: cannot be opened any more: {error.strerror}") from None
-    status = os.fstat(file)
-    if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
-        os.close(file)
-        raise SourceError(f"{shard.path}: the file changed since the plan was made; let it settle, then run again")
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return file
+
+
+def _refuse_changed(shard: Shard) -> None:
+    """Before a shard is read, and again before what was read of it is recorded as done."""
+    assert shard.path is not None
+    try:
+        status = os.stat(shard.path)
+    except OSError as error:
+        raise SourceError(f"{shard.path}: it is gone: {error.strerror}; restore it, then run again") from None
+    if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
+        raise SourceError(
+            f"{shard.path}: the file changed since the plan was made; let it settle, then start over with --fresh"
+        )
 
 
 def _announce(file: int, todo: list[Piece], position: int, plan: Plan) -> None:

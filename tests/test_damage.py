@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pipeline.checkpoint.source import SourceError, parse_header
 from tests.conftest import assert_one_clear_line, make_plain_checkpoint, read_shard, write_shard
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -69,6 +72,13 @@ def wrong_shape(source: Path) -> None:
 def bad_dtype(source: Path) -> None:
     def change(header: Any) -> None:
         header["model.embed_tokens.weight"]["dtype"] = "BF8"
+
+    edit_header(source / FIRST, change)
+
+
+def listed_dtype(source: Path) -> None:
+    def change(header: Any) -> None:
+        header["model.embed_tokens.weight"]["dtype"] = ["BF16"]
 
     edit_header(source / FIRST, change)
 
@@ -143,6 +153,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "overlapping tensors": (overlapping, (FIRST, "header is damaged")),
     "shape against bytes": (wrong_shape, (FIRST, "model.embed_tokens.weight", "header is damaged")),
     "unknown dtype": (bad_dtype, (FIRST, "BF8")),
+    "a dtype that is a list": (listed_dtype, (FIRST, "header is damaged")),
     "integer weight": (integer_weight, ("q_proj.weight", "I16", "use the original")),
     "zero-size shard": (lambda s: os.truncate(s / FIRST, 0), (FIRST, "0 bytes")),
     "zero-size config": (lambda s: os.truncate(s / "config.json", 0), ("config.json", "not JSON")),
@@ -243,3 +254,27 @@ def test_a_mended_source_goes_on(quantize: Any, write_recipe: Any, tmp_path: Pat
     assert f"source.{SECOND}: the file has changed" in refused.stderr and "--fresh" in refused.stderr
     done = quantize(recipe, "--fresh")
     assert done.returncode == 0, done.stderr
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_headers_of_any_shape_are_refused_or_read(data: st.DataObject) -> None:
+    """No header, however wrong, ends in anything but tensors or a SourceError."""
+    value = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("BF16"),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    )
+    entry = st.fixed_dictionaries({"dtype": value, "shape": value, "data_offsets": value})
+    header = data.draw(st.dictionaries(st.text(max_size=6), entry | value, max_size=3) | value)
+    raw = json.dumps(header).encode()
+    raw = data.draw(st.just(raw) | st.binary(max_size=20))
+    try:
+        parse_header(raw, "x.safetensors", len(raw) + 8, 0)
+    except SourceError as error:
+        assert str(error).startswith("x.safetensors")
+
+
+def test_infinity_in_a_buffer_is_no_damage(quantize: Any, write_recipe: Any, tmp_path: Path) -> None:
+    source = make_plain_checkpoint(tmp_path / "source", extra={"visual.causal_mask": (4, 4)})
+    put_value(source, "visual.causal_mask", 0xFF80)
+    assert quantize(write_recipe(source)).returncode == 0

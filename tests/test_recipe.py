@@ -123,6 +123,26 @@ def test_numbers_are_numbers_and_words_are_words() -> None:
     assert "calibration.samples" in line
 
 
+@pytest.mark.parametrize(
+    ("lines", "overrides", "words"),
+    [
+        (f"runtime: {{threads: {'9' * 5000}}}\n", (), "runtime.threads"),
+        ("calibration: {seed: !!int abc}\n", (), "calibration.seed: this value cannot be read"),
+        ("calibration: {seed: !!timestamp x}\n", (), "calibration.seed: this value cannot be read"),
+        (f"shard_size: {'9' * 400}GB\n", (), "no disk is that large"),
+        ("ignore: ['re:a{99999999999999999999}']\n", (), "no regular expression"),
+        ("", ("output=/",), "must name a new directory"),
+        ("", ("ignore=&a [*a]",), "nested too deeply"),
+        ("", ("model={source: x, source: y}",), "here twice"),
+        ("", ("=x",), "an override is KEY=VALUE"),
+        ("", ("model.source.x=1",), "holds a value"),
+    ],
+)
+def test_values_that_break_naive_readers(lines: str, overrides: tuple, words: str) -> None:
+    found = errors(GOOD + lines, *overrides)
+    assert any(words in line for line in found), found
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     big = tmp_path / "big.yaml"
     big.write_bytes(b"# " + b"x" * 10_000_000)

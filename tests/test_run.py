@@ -246,15 +246,13 @@ def test_a_signal_saves_and_exits_75(number: int, tmp_path: Path, write_recipe: 
 def test_a_result_that_fails_verification_is_not_published(
     tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backend forgets to ignore the head: the structural check must stop it, and the next run must not pass."""
-    from pipeline.backends import llmcompressor
+    """The config forgets to ignore the head: the structural check must stop it, and the next run must not pass."""
+    from pipeline.checkpoint import sidecars
 
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
-    section = llmcompressor.FP8Dynamic.config_section
+    write = sidecars.config_with
     with monkeypatch.context() as patch:
-        patch.setattr(
-            llmcompressor.FP8Dynamic, "config_section", lambda self, chosen: {**section(self, chosen), "ignore": []}
-        )
+        patch.setattr(sidecars, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
         for _ in range(2):
             with pytest.raises(PipelineError, match="lm_head: BF16, but the config does not ignore it"):
                 run(recipe)
@@ -299,3 +297,120 @@ def test_progress_for_a_log_and_for_a_terminal(tmp_path: Path, write_recipe: Any
     shown.rich = Rich(file=io.StringIO(), force_terminal=True, width=100)
     runner.run(load(recipe, [f"output={tmp_path / 'other'}"]), shown)
     assert "172.7/172.7 kB" in shown.rich.file.getvalue() and "/s" in shown.rich.file.getvalue()
+
+
+# --- what must never happen --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["removed", "shortened"])
+def test_a_shard_lost_between_runs_is_written_again(
+    loss: str, tmp_path: Path, write_recipe: Any, small_units: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A power cut or a cleaner may take a shard although the journal counts it as done."""
+    recipe = write_recipe(
+        make_plain_checkpoint(tmp_path / "source", layers=4, vocabulary=9000), more="shard_size: 1MB\n"
+    )
+    run(recipe, f"output={tmp_path / 'whole'}")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(40, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    shard = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
+    if loss == "removed":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size - 9000)
+    with pytest.MonkeyPatch.context() as patch:  # and a second crash after it was noticed
+        stop_after(1, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    assert "missing or short, although finished before" in capsys.readouterr().out
+    run(recipe)
+    assert all_tensors(tmp_path / "out") == all_tensors(tmp_path / "whole")
+    from pipeline.serving.verify import check_structure
+
+    assert check_structure(tmp_path / "out", contents=True).problems == []
+
+
+def test_a_published_result_that_lost_a_shard_is_not_done(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    assert quantize(recipe).returncode == 0
+    os.truncate(tmp_path / "out" / "model.safetensors", 5000)
+    assert_one_clear_line(quantize(recipe), 1, "missing or damaged", "--fresh")
+    assert quantize(recipe, "--fresh").returncode == 0
+
+
+def test_the_source_may_not_be_the_place_of_work(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "out.partial")
+    before = {path: path.read_bytes() for path in source.rglob("*")}
+    for options in ((), ("--fresh",)):
+        assert_one_clear_line(quantize(write_recipe(source), *options), 2, "never written to")
+    assert {path: path.read_bytes() for path in source.rglob("*")} == before
+
+
+@pytest.mark.parametrize("options", [(), ("--fresh",)])
+def test_a_strangers_partial_is_left_alone(options: tuple, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    assert_one_clear_line(quantize(recipe, *options), 2, "mine.txt", "move it away")
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_directory_that_appears_meanwhile_is_left_alone(
+    fresh: bool, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    seal = runner._seal
+
+    def appear(*arguments: Any) -> None:
+        seal(*arguments)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_seal", appear)
+        with pytest.raises(UsageError, match="no result of this program"):
+            run(recipe, fresh=fresh)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_another_fine_tune_with_the_same_headers_and_times(
+    tmp_path: Path, write_recipe: Any, small_units: None
+) -> None:
+    """Unpacked with the same mtimes, in the same place: only the content differs, and that is noticed."""
+    source = make_plain_checkpoint(tmp_path / "source", layers=4)
+    recipe = write_recipe(source)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch, "crash")
+        with pytest.raises(PipelineError):
+            run(recipe)
+    for path in source.glob("*.safetensors"):
+        times = path.stat().st_mtime_ns
+        raw = bytearray(path.read_bytes())
+        raw[-len(raw) // 2 :] = bytes(b ^ 1 for b in raw[-len(raw) // 2 :])
+        path.write_bytes(raw)
+        os.utime(path, ns=(times, times))
+    with pytest.raises(UsageError, match="the file has changed"):
+        run(recipe)
+
+
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path: Path, write_recipe: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_plain_checkpoint(tmp_path / "source", layers=4, shards=1)
+    recipe = write_recipe(source)
+    original, seen = Journal.finish, []
+
+    def finish(self: Journal, unit: int, digests: Any) -> None:
+        original(self, unit, digests)
+        seen.append(unit)
+        if len(seen) == 2:
+            os.utime(source / "model.safetensors", ns=(7, 7))
+
+    monkeypatch.setattr(Journal, "finish", finish)
+    with pytest.raises(PipelineError, match="the file changed since the plan was made"):
+        run(recipe)
+    assert len(seen) == 2, "nothing read after the change is recorded as done"
+    assert not (tmp_path / "out").exists()

@@ -35,9 +35,21 @@ def test_any_config(config: dict[str, Any], indent: int | None) -> None:
     assert json.loads(made) == {**config, "quantization_config": SECTION}
 
 
+@pytest.mark.parametrize("empty", ["null", "{}"])
+def test_an_empty_section_is_replaced(empty: str, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "source", config={"quantization_config": json.loads(empty)})
+    done = quantize(write_recipe(source))
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    before = json.loads((source / "config.json").read_text())
+    del before["quantization_config"]
+    assert made == before
+
+
 def test_a_second_section_is_refused() -> None:
     with pytest.raises(SourceError):
-        config_with('{"quantization_config": {}}', SECTION)
+        config_with('{"quantization_config": {"quant_method": "fp8"}}', SECTION)
 
 
 def test_the_card_is_for_others_to_read(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:

@@ -113,6 +113,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "an ignore of FP8": (
         lambda o: section(o, ignore=["lm_head", "re:.*q_proj", "visual.blocks.0.qkv"]),
         "q_proj: it is FP8, but the config ignores it", True),
+    "no groups": (lambda o: section(o, config_groups={}), "no group says that Linear weights are FP8", True),
+    "groups of four bits": (
+        lambda o: section(o, config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}),
+        "no group says that Linear weights are FP8", True),
+    "another format": (lambda o: section(o, format="dense"), "format is 'dense'", True),
+    "an ignore that is no list": (lambda o: section(o, ignore=5), "5 is no list", True),
+    "an ignore that is no pattern": (lambda o: section(o, ignore=["re:("]), "no regular expression", True),
     "NaN scale": (set_scale(float("nan")), f"{Q}_scale: 1 scale(s) are not finite and positive, first nan", True),
     "zero scale": (set_scale(0.0), "not finite and positive, first 0.0", True),
     "negative scale": (set_scale(-1.0), "not finite and positive, first -1.0", True),
@@ -168,6 +175,49 @@ def test_a_bit_of_the_codes_is_found_by_its_hash(pair: tuple[Path, Path], tmp_pa
     done = quantize("verify", damaged)
     assert done.returncode == 1
     assert f"PROBLEM: {Q}: its bytes are not those that the run wrote" in done.stdout
+
+
+def test_codes_are_quantized_once_more(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A code and its recorded hash changed together: only the source knows better."""
+    import hashlib
+
+    source, out = pair
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    header, data = read_shard(damaged / SHARD)
+    raw = bytearray((damaged / SHARD).read_bytes())
+    start = len(raw) - len(data)
+    begin, end = (start + offset for offset in header[Q]["data_offsets"])
+    raw[begin] ^= 1
+    (damaged / SHARD).write_bytes(raw)
+    journal = damaged / "quantize" / "journal.jsonl"
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in entries[1:]:
+        for piece in entry["pieces"]:
+            if piece[0] == Q:
+                piece[3] = hashlib.sha256(raw[begin:end]).hexdigest()
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert check_structure(damaged, contents=True).problems == []
+    report = check_structure(damaged, open_checkpoint(source), contents=True)
+    assert len(report.problems) == 1 and report.problems[0].startswith(f"{Q}: not what the source's {Q} gives")
+
+
+@pytest.mark.parametrize("text", ["{", '{"unit": 1}', "[]", "", '"x"'])
+def test_a_damaged_or_cut_journal(text: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = pair
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    journal = damaged / "quantize" / "journal.jsonl"
+    first = journal.read_text().splitlines()[0]
+    journal.write_text(first + "\n" + text + "\n")
+    problems = check_structure(damaged, contents=True).problems
+    assert problems and ("damaged" in problems[0] or "recorded hashes for 0 of" in problems[0])
+
+
+def test_fused_experts_are_quantized_once_more(small_model: Any, tmp_path: Path, quantize: Any, write_recipe: Any):
+    source = small_model("qwen3_vl_moe")
+    assert quantize(write_recipe(source)).returncode == 0
+    report = check_structure(tmp_path / "out", open_checkpoint(source), contents=True)
+    assert report.problems == []
+    assert any("quantized once more: the same bits" in line for line in report.checked)
 
 
 def test_checkpoints_of_llm_compressor_itself(pair: tuple[Path, Path], tmp_path: Path) -> None:

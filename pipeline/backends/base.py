@@ -34,5 +34,5 @@ class Backend(Protocol):
     def config_section(self, selection: Selection) -> dict[str, Any]:
         """The ``quantization_config`` of the result's config.json."""
 
-    def versions(self) -> dict[str, str]:
-        """The libraries that decide bits, for a run's identity."""
+    def versions(self, dtypes: set[str]) -> dict[str, str]:
+        """The libraries that decide the bits of weights of these dtypes, for a run's identity."""

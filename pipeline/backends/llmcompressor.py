@@ -48,18 +48,8 @@ class FP8Dynamic:
         vLLM merges q/k/v of some vision towers and then finds no literal name of the merged module
         (facts: LLaVA-OneVision), so every part outside the language model is named once more by a pattern.
         """
-        weights = {**_ARGUMENTS, "dynamic": False, "observer": "memoryless_minmax", "strategy": "channel"}
-        activations = {**_ARGUMENTS, "dynamic": True, "observer": None, "strategy": "token"}
         return {
-            "config_groups": {
-                "group_0": {
-                    "format": "float-quantized",
-                    "input_activations": activations,
-                    "output_activations": None,
-                    "targets": ["Linear"],
-                    "weights": weights,
-                }
-            },
+            "config_groups": self.groups(),
             "format": "float-quantized",
             "global_compression_ratio": None,
             "ignore": [*selection.kept_linears, *_patterns(selection)],
@@ -71,20 +61,40 @@ class FP8Dynamic:
             "version": version("compressed-tensors"),
         }
 
-    def versions(self) -> dict[str, str]:
-        """compressed-tensors' numerics decide every bit."""
-        return {"compressed-tensors": version("compressed-tensors")}
+    @staticmethod
+    def groups() -> dict[str, dict[str, Any]]:
+        """The ``config_groups``: which modules, and how weights and activations are quantized."""
+        return {
+            "group_0": {
+                "format": "float-quantized",
+                "input_activations": {**_ARGUMENTS, "dynamic": True, "observer": None, "strategy": "token"},
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": {**_ARGUMENTS, "dynamic": False, "observer": "memoryless_minmax", "strategy": "channel"},
+            }
+        }
+
+    def versions(self, dtypes: set[str]) -> dict[str, str]:
+        """compressed-tensors' numerics decide every bit; torch computes them where the kernel does not."""
+        found = {"compressed-tensors": version("compressed-tensors")}
+        if dtypes - {"BF16"}:
+            found["torch"] = version("torch")
+        return found
 
 
 def _patterns(selection: Selection) -> list[str]:
     """One regular expression for each part outside, unless it would also match inside the language model."""
     patterns = []
-    inside = [name for name, choice in selection.choices.items() if choice.role in ("linear", "experts")]
+    inside = [
+        name.removesuffix(".weight")
+        for name, choice in selection.choices.items()
+        if choice.role in ("linear", "experts")
+    ]
     for component in selection.outside:
         last = component.rpartition(".")[2]
-        if last.isdigit() or last == "lm_head":
+        if last.isdigit():
             continue
-        pattern = rf"(?:.*\.)?{re.escape(last)}\..*"
+        pattern = rf"(?:.*\.)?{re.escape(last)}(?:\..*)?$"
         if not any(re.match(pattern, name) for name in inside):
             patterns.append(f"re:{pattern}")
     return list(dict.fromkeys(patterns))

@@ -6,7 +6,6 @@ HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean everywhere
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SMALL_FILES = [
-    "*.json",
-    "*.txt",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "merges*",
-    "vocab*",
-]
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+FIRST_READ = 1 << 20  # most headers fit into it
 NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*", "README.md"]
 
 
@@ -74,65 +63,75 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> Checkpoint
     if any(not (root / shard).exists() for shard in shards):
         if headers_only:
             return _remote(name, root, commit, shards)
-        root = fetch(allow_patterns=shards, ignore_patterns=None)
+        root = fetch(allow_patterns=list(shards), ignore_patterns=None)
         absent = [shard for shard in shards if not (root / shard).exists()]
         if absent:
             raise SourceError(
                 f"{name}: {absent[0]} is not in the cache and cannot be fetched; "
                 "unset HF_HUB_OFFLINE or complete the cache"
             )
-    return open_checkpoint(root, name, revision=commit)
+    return open_checkpoint(root, name, commit, SMALL_FILES)
 
 
-def _wanted_shards(name: str, root: Path, commit: str) -> list[str]:
+def _wanted_shards(name: str, root: Path, commit: str) -> dict[str, set[str] | None]:
+    """The shards by name, with the tensors that the index promises in each."""
     if (root / source.INDEX).exists():
-        return list(source.parse_index(root / source.INDEX))
+        return dict(source.parse_index(root / source.INDEX))
+    alone: dict[str, set[str] | None] = {"model.safetensors": None}
     if (root / "model.safetensors").exists():
-        return ["model.safetensors"]
+        return alone
     if (root / "pytorch_model.bin.index.json").exists() or (root / "pytorch_model.bin").exists():
         raise SourceError(f"{name}: {source.PICKLE_WAY_OUT}")
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return ["model.safetensors"]
+        return alone
     files = _said(name, commit, lambda: HfApi().list_repo_files(name, revision=commit))
     top = [file for file in files if "/" not in file]
     if "model.safetensors" not in top:
         if any(file.endswith(source.PICKLE_SUFFIXES) for file in top):
             raise SourceError(f"{name}: {source.PICKLE_WAY_OUT}")
         raise SourceError(f"{name}: neither {source.INDEX} nor model.safetensors is on the hub at {commit}")
-    return ["model.safetensors"]
+    return alone
 
 
-def _remote(name: str, root: Path, commit: str, shards: list[str]) -> Checkpoint:
-    """A checkpoint of which only headers are here; `Shard.path` is None."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
+def _remote(name: str, root: Path, commit: str, shards: dict[str, set[str] | None]) -> Checkpoint:
+    """A checkpoint of which only headers are here, fetched by range requests; `Shard.path` is None."""
     found: list[source.Shard] = []
     tensors: dict[str, source.Tensor] = {}
-    metadata: dict[str, dict[str, str]] = {}
-    for position, shard in enumerate(shards):
+    for position, (shard, expected) in enumerate(shards.items()):
+        where = f"{name}/{shard}"
+        start, size = _fetch_start(name, commit, shard, FIRST_READ)
+        length = source.header_length(start, size, where)
+        if 8 + length > len(start):
+            start, _ = _fetch_start(name, commit, shard, 8 + length)
+        raw = start[8 : 8 + length]
+        source.add_shard(tensors, source.parse_header(raw, where, size, position), where, expected)
+        found.append(source.Shard(shard, None, size, hashlib.sha256(raw).hexdigest(), 0))
+    sidecars, left = source.list_sidecars(root, SMALL_FILES)
+    return Checkpoint(name, root, source.read_config(root), tuple(found), tensors, sidecars, left, commit)
 
-        def fetch_header(shard: str = shard) -> Any:
-            return api.parse_safetensors_file_metadata(name, shard, revision=commit)
 
-        parsed = _said(name, commit, fetch_header)
-        end = 0
-        for tensor, entry in sorted(parsed.tensors.items(), key=lambda item: item[1].data_offsets[0]):
-            begin, end = entry.data_offsets
-            tensors[tensor] = source.Tensor(tensor, str(entry.dtype), tuple(entry.shape), position, begin, end - begin)
-        digest = hashlib.sha256(json.dumps(sorted(parsed.tensors)).encode()).hexdigest()
-        found.append(source.Shard(shard, None, end, digest, 0))
-        metadata[shard] = parsed.metadata or {}
-    sidecars, left = source.list_sidecars(root)
-    config = source.read_config(root)
-    return Checkpoint(name, root, config, tuple(found), tensors, sidecars, left, commit, metadata)
+def _fetch_start(name: str, commit: str, shard: str, count: int) -> tuple[bytes, int]:
+    """The first `count` bytes of a shard on the hub, and its length."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    def get() -> tuple[bytes, int]:
+        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}"}
+        url = hf_hub_url(name, shard, revision=commit)
+        answer = get_session().get(url, headers=headers, follow_redirects=True, timeout=60)
+        hf_raise_for_status(answer)
+        return answer.content[:count], int(answer.headers["Content-Range"].rpartition("/")[2])
+
+    fetched: tuple[bytes, int] = _said(name, commit, get)
+    return fetched
 
 
 def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
     """Run a hub call; its failures become one line with a remedy."""
+    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -157,5 +156,5 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
         ) from None
     except HFValidationError as error:
         raise UsageError(f"model.source: {' '.join(str(error).split())}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError, KeyError) as error:
         raise SourceError(f"{name}: the hub did not answer as expected: {' '.join(str(error).split())}") from None

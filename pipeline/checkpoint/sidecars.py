@@ -26,12 +26,15 @@ def config_with(text: str, section: dict[str, Any]) -> str:
     """A config.json with the quantization section put before its last brace; every other byte stays.
 
     Args:
-        text: of the source's config.json, an object without such a section.
+        text: of the source's config.json, an object without such a section (or with an empty one, which is
+            replaced; the file is then written anew).
         section: the value of ``quantization_config``.
     """
     config = json.loads(text)
-    if SECTION in config:
+    if config.get(SECTION):
         raise SourceError(f"config.json: it has a {SECTION} already")
+    if SECTION in config:
+        return json.dumps({**config, SECTION: section}, indent=2, ensure_ascii=False) + "\n"
     head = text.rstrip()
     assert head.endswith("}")
     tail = text[len(head) :]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,7 +86,6 @@ class Checkpoint:
     sidecars: tuple[str, ...]  # relative names of small files to carry
     left_behind: tuple[tuple[str, str], ...]  # (relative name, why it is not carried)
     revision: str | None = None  # the hub's commit
-    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # __metadata__ of each shard
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +93,16 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards)
 
 
-def open_checkpoint(root: Path, label: str | None = None, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    root: Path, label: str | None = None, revision: str | None = None, carried: Sequence[str] = ("*",)
+) -> Checkpoint:
     """Read config, index and all headers of a checkpoint directory.
+
+    Args:
+        root: the directory.
+        label: as the recipe names it.
+        revision: the hub's commit, if it is a snapshot.
+        carried: patterns of the small files that belong to it.
 
     Raises:
         SourceError: one line, with the file, what is wrong and what to do.
@@ -104,23 +112,29 @@ def open_checkpoint(root: Path, label: str | None = None, revision: str | None =
     names = _shard_names(root)
     shards: list[Shard] = []
     tensors: dict[str, Tensor] = {}
-    metadata: dict[str, dict[str, str]] = {}
     for position, (name, expected) in enumerate(names.items()):
         path = root / name
-        shard, found, notes = read_header(path, position, dated=revision is None)
+        shard, found = read_header(path, position, dated=revision is None)
         shards.append(shard)
-        metadata[name] = notes
-        if expected is not None:
-            _compare_with_index(path, set(found), expected)
-        for tensor in found.values():
-            if tensor.name in tensors:
-                other = shards[tensors[tensor.name].shard].name
-                raise SourceError(f"{path}: tensor {tensor.name} is in {other} as well; remove one of the two files")
-            tensors[tensor.name] = tensor
+        add_shard(tensors, found, str(path), expected)
     if not tensors:
         raise SourceError(f"{root}: the shards hold no tensors")
-    sidecars, left = list_sidecars(root)
-    return Checkpoint(label, root, config, tuple(shards), tensors, sidecars, left, revision, metadata)
+    sidecars, left = list_sidecars(root, carried)
+    return Checkpoint(label, root, config, tuple(shards), tensors, sidecars, left, revision)
+
+
+def add_shard(tensors: dict[str, Tensor], found: dict[str, Tensor], where: str, expected: set[str] | None) -> None:
+    """Add a shard's tensors to those of the shards before it, after a look at what the index says of them."""
+    if expected is not None:
+        if lost := sorted(expected - found.keys()):
+            raise SourceError(
+                f"{where}: the index promises {lost[0]} here (and {len(lost) - 1} more), the file has it not"
+            )
+        if extra := sorted(found.keys() - expected):
+            raise SourceError(f"{where}: {extra[0]} (and {len(extra) - 1} more) is in the file but not in the index")
+    if twice := sorted(found.keys() & tensors.keys()):
+        raise SourceError(f"{where}: tensor {twice[0]} is in another shard as well; remove one of the two files")
+    tensors.update(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -206,14 +220,7 @@ def _shard_names(root: Path) -> dict[str, set[str] | None]:
     return dict(indexed)
 
 
-def _compare_with_index(path: Path, found: set[str], expected: set[str]) -> None:
-    if lost := sorted(expected - found):
-        raise SourceError(f"{path}: the index promises {lost[0]} here (and {len(lost) - 1} more), the file has it not")
-    if extra := sorted(found - expected):
-        raise SourceError(f"{path}: {extra[0]} (and {len(extra) - 1} more) is in the file but not in the index")
-
-
-def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shard, dict[str, Tensor], dict[str, str]]:
+def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shard, dict[str, Tensor]]:
     """A shard's header, checked against the file's length.
 
     Args:
@@ -222,30 +229,35 @@ def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shar
         dated: whether the file's mtime is part of what identifies it.
 
     Returns:
-        The shard, its tensors by name in the order of their offsets, and its ``__metadata__``.
+        The shard, and its tensors by name in the order of their offsets.
     """
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            size, prefix = status.st_size, file.read(8)
-            if len(prefix) < 8:
-                raise SourceError(f"{path}: the file has {size} bytes, no safetensors header; fetch it again")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise SourceError(
-                    f"{path}: the header claims {length:,} bytes in a file of {size:,}; the file is damaged or "
-                    "truncated, fetch it again"
-                )
-            raw = file.read(length)
+            size = status.st_size
+            raw = file.read(header_length(file.read(8), size, str(path)))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
-    tensors, metadata = parse_header(raw, str(path), size, position)
+    tensors = parse_header(raw, str(path), size, position)
     shard = Shard(path.name, path, size, hashlib.sha256(raw).hexdigest(), status.st_mtime_ns if dated else 0)
-    return shard, tensors, metadata
+    return shard, tensors
 
 
-def parse_header(raw: bytes, where: str, size: int, position: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A JSON header of a file of `size` bytes as tensors in the order of their offsets, and its metadata."""
+def header_length(start: bytes, size: int, where: str) -> int:
+    """The length of the JSON header, from the first bytes of a file of `size` bytes."""
+    if len(start) < 8:
+        raise SourceError(f"{where}: the file has {size} bytes, no safetensors header; fetch it again")
+    length = int.from_bytes(start[:8], "little")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise SourceError(
+            f"{where}: the header claims {length:,} bytes in a file of {size:,}; the file is damaged or truncated, "
+            "fetch it again"
+        )
+    return length
+
+
+def parse_header(raw: bytes, where: str, size: int, position: int) -> dict[str, Tensor]:
+    """A JSON header of a file of `size` bytes as tensors in the order of their offsets."""
     damaged = "the header is damaged, fetch the file again"
     try:
         header = json.loads(raw)
@@ -253,12 +265,12 @@ def parse_header(raw: bytes, where: str, size: int, position: int) -> tuple[dict
         raise SourceError(f"{where}: {damaged} (it is not JSON)") from None
     if not isinstance(header, dict):
         raise SourceError(f"{where}: {damaged} (it is not an object)")
-    metadata = header.pop("__metadata__", None) or {}
+    header.pop("__metadata__", None)
     start, entries = 8 + len(raw), []
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (TypeError, KeyError, ValueError):
             whole = False
         if not whole:
@@ -283,12 +295,17 @@ def parse_header(raw: bytes, where: str, size: int, position: int) -> tuple[dict
         )
     if expected < size:
         raise SourceError(f"{where}: {size - expected:,} bytes follow the last tensor; fetch the file again")
-    return {tensor.name: tensor for tensor in entries}, metadata
+    return {tensor.name: tensor for tensor in entries}
 
 
-def list_sidecars(root: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Small files to carry, and the rest with the reason. Hidden files and earlier results are neither."""
-    carried, left = [], []
+def list_sidecars(root: Path, carried: Sequence[str] = ("*",)) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Small files to carry, and the rest with the reason. Hidden files and earlier results are neither.
+
+    Args:
+        root: the checkpoint's directory.
+        carried: only names that fit one of these patterns; a hub's cache may hold more of a repository than was asked.
+    """
+    kept, left = [], []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name = path.relative_to(root).as_posix()
         first = name.split("/")[0]
@@ -296,7 +313,7 @@ def list_sidecars(root: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], .
             continue
         if path.parent == root and path.suffix == ".safetensors":
             continue
-        if path.suffix in WEIGHT_SUFFIXES or ".safetensors" in path.name:
+        if path.suffix in WEIGHT_SUFFIXES or ".safetensors" in path.name or name.endswith(".index.json"):
             left.append((name, "weights in another format"))
         elif first == "original":
             left.append((name, "the vendor's own format"))
@@ -304,6 +321,6 @@ def list_sidecars(root: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], .
             left.append((name, "the result has its own"))
         elif path.stat().st_size > MAX_SIDECAR_BYTES:
             left.append((name, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB"))
-        else:
-            carried.append(name)
-    return tuple(carried), tuple(left)
+        elif any(fnmatchcase(name, pattern) for pattern in carried):
+            kept.append(name)
+    return tuple(kept), tuple(left)

@@ -33,10 +33,11 @@ class ShardWriter:
             for shard in shards:
                 file = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
                 self._files.append(file)
-                if os.fstat(file).st_size != shard.size or os.pread(file, len(shard.header), 0) != shard.header:
+                if not _whole(file, shard):
                     os.ftruncate(file, shard.size)
                     _write_all(file, memoryview(shard.header), 0)
                     self._dirty.add(len(self._files) - 1)
+            sync_directory(directory)
         except BaseException:
             self.close()
             raise
@@ -67,6 +68,27 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def lost_shards(directory: Path, shards: tuple[OutputShard, ...]) -> set[int]:
+    """The shards that are not there at their full length with their header: nothing written to them can be trusted."""
+    lost = set()
+    for index, shard in enumerate(shards):
+        try:
+            file = os.open(directory / shard.name, os.O_RDONLY)
+        except FileNotFoundError:
+            lost.add(index)
+            continue
+        try:
+            if not _whole(file, shard):
+                lost.add(index)
+        finally:
+            os.close(file)
+    return lost
+
+
+def _whole(file: int, shard: OutputShard) -> bool:
+    return os.fstat(file).st_size == shard.size and os.pread(file, len(shard.header), 0) == shard.header
 
 
 _sync_data = getattr(os, "fdatasync", os.fsync)
@@ -117,7 +139,7 @@ def sync_all(paths: Iterable[Path]) -> None:
             os.close(file)
 
 
-def publish(partial: Path, output: Path, replace: bool) -> None:
+def publish(partial: Path, output: Path, replace: bool) -> bool:
     """Give the finished directory its name: one rename.
 
     Args:
@@ -125,10 +147,14 @@ def publish(partial: Path, output: Path, replace: bool) -> None:
         output: its name from now on.
         replace: whether a directory of that name may be exchanged for it, in one step; it is then left as `partial`.
 
+    Returns:
+        Whether two directories were exchanged.
+
     Raises:
         PipelineError: `output` exists and `replace` is false, or the file system cannot exchange two names.
     """
-    if output.exists():
+    exchanged = output.exists()
+    if exchanged:
         if not replace:
             raise PipelineError(f"{output}: it appeared while this run was under way; move it, then run again")
         exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -140,3 +166,4 @@ def publish(partial: Path, output: Path, replace: bool) -> None:
     else:
         os.rename(partial, output)
     sync_directory(output.parent)
+    return exchanged

@@ -9,9 +9,9 @@ what the transformers classes say, family by family.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -37,7 +37,9 @@ FUSED_LINEARS = (
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
 )
 
-Role = Literal["linear", "experts", "ignored", "router", "norm", "embedding", "head", "outside", "other"]
+Role = Literal[
+    "linear", "experts", "ignored", "router", "norm", "embedding", "head", "tied head", "outside", "other"
+]  # fmt: skip
 
 REASONS: dict[Role, str] = {
     "linear": "linear layer of the language model",
@@ -47,6 +49,7 @@ REASONS: dict[Role, str] = {
     "norm": "norm or bias",
     "embedding": "embedding",
     "head": "output head",
+    "tied head": "tied to the embedding (tie_word_embeddings): loaders use that and skip this one",
     "outside": "outside the language model",
     "other": "in the language model, but no linear weight",
 }
@@ -86,10 +89,10 @@ class Selection:
         stack: prefix of its decoder layers, e.g. ``model.language_model.layers``.
         layers: how many decoder layers.
         choices: one entry for every source tensor.
-        outside: tensor-name prefixes of the parts that are not the language model.
+        outside: the parts that are not the language model and hold linear weights, as prefixes of tensor names.
         kept_linears: modules with a 2-D weight that stay as they are, by their hub names, in file order.
         expert_layouts: by layer prefix, for fused experts.
-        ignored_experts: output modules of fused experts that the recipe ignores.
+        warnings: what a careful user should know.
     """
 
     root: str
@@ -99,14 +102,14 @@ class Selection:
     outside: tuple[str, ...]
     kept_linears: tuple[str, ...]
     expert_layouts: dict[str, ExpertLayout]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model (older Qwen2.5-VL configs have no such part)."""
+    """The part of a config that describes the language model; the whole, where there is no such part."""
     for key in ("text_config", "llm_config", "language_config"):
         part = config.get(key)
-        if isinstance(part, dict) and ("num_hidden_layers" in part or "hidden_size" in part):
+        if isinstance(part, dict):
             return part
     thinker = config.get("thinker_config")
     return text_config(thinker) if isinstance(thinker, dict) else config
@@ -132,29 +135,20 @@ def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
             unknown way.
         UsageError: an ignore pattern matches nothing, or splits what vLLM fuses.
     """
-    config, text = checkpoint.config, text_config(checkpoint.config)
+    config = checkpoint.config
     model_type = str(config.get("model_type", "?"))
-    stack, layers = _find_stack(checkpoint, text)
-    root = stack.rpartition(".")[0]
-    moe_blocks = {match[1] for name in checkpoint.tensors if (match := re.match(r"(.*?)\.experts\.", name))}
-    vocabulary = int(text.get("vocab_size", config.get("vocab_size", 0)))
-    hidden = int(text.get("hidden_size", 0))
-    choices: dict[str, Choice] = {}
-    for name, tensor in checkpoint.tensors.items():
-        choices[name] = _choose(name, tensor, stack, root, layers, moe_blocks, text, vocabulary, hidden)
-    warnings = _check_layers(checkpoint, choices, stack, layers)
-    layouts = _expert_layouts(checkpoint, choices, text, model_type)
+    found = _find_language_model(checkpoint)
+    choices = {name: _choose(tensor, found, checkpoint) for name, tensor in checkpoint.tensors.items()}
+    _refuse_transposed(checkpoint, choices)
+    layouts = _expert_layouts(checkpoint, choices, found, model_type)
+    warnings = _check_layers(checkpoint, choices, found)
     modules = quantizable_modules(checkpoint, choices, layouts)
     ignored = _apply_ignore(checkpoint, modules, list(ignore))
     _refuse_split_groups(modules, ignored)
-    fused_ignored: dict[str, set[str]] = defaultdict(set)
-    for module in ignored:
-        fused_ignored[modules[module]].add(module)
-    for tensor_name, gone in fused_ignored.items():
-        whole = {module for module, owner in modules.items() if owner == tensor_name}
-        if gone == whole:
-            choices[tensor_name] = Choice("ignored", choices[tensor_name].layer, choices[tensor_name].component)
-    outside = tuple(dict.fromkeys(c.component for c in choices.values() if c.role in ("outside", "head")))
+    whole, gone = Counter(modules.values()), Counter(modules[module] for module in ignored)
+    for name, count in gone.items():
+        if count == whole[name]:
+            choices[name] = replace(choices[name], role="ignored")
     if model_type not in TESTED_MODEL_TYPES:
         warnings.append(
             f"model_type {model_type} is not among the families whose selection is tested against transformers; "
@@ -165,96 +159,140 @@ def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
             "config.json names custom code (auto_map); it is carried but never run here (trust_remote_code is off); "
             "to serve the result vLLM needs --trust-remote-code"
         )
+    outside = tuple(dict.fromkeys(
+        choice.component for name, choice in choices.items()
+        if choice.role == "outside" and is_linear_shaped(checkpoint.tensors[name])
+    ))  # fmt: skip
     kept = _kept_linears(checkpoint, choices, modules)
-    return Selection(root, stack, layers, choices, outside, kept, layouts, tuple(warnings))
+    return Selection(found.root, found.stack, found.layers, choices, outside, kept, layouts, tuple(warnings))
+
+
+def is_linear_shaped(tensor: Tensor) -> bool:
+    """Whether this can be a linear layer's weight: 2-D and called so."""
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")
 
 
 # --- the stack ---------------------------------------------------------------------------------------
 
 
-def _find_stack(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[str, int]:
-    layers = text.get("num_hidden_layers", text.get("n_layer", text.get("num_layers")))
-    hidden = text.get("hidden_size", text.get("n_embd"))
-    vocabulary = text.get("vocab_size", checkpoint.config.get("vocab_size"))
-    if not all(type(value) is int and value > 0 for value in (layers, hidden, vocabulary)):
-        raise SourceError(
-            f"{checkpoint.root / 'config.json'}: num_hidden_layers, hidden_size and vocab_size of a language model "
-            "are needed to find it; is this a language or vision-language model?"
-        )
+@dataclass(frozen=True)
+class _LanguageModel:
+    """Where it is and how large; numbers that the config leaves to a class's defaults come from the headers."""
+
+    stack: str
+    layers: int
+    embedding: Tensor
+    experts: int  # 0: no mixture
+    moe_blocks: frozenset[str]
+    text: Mapping[str, Any]
+
+    @property
+    def root(self) -> str:
+        return self.stack.rpartition(".")[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.embedding.shape[1]
+
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _find_language_model(checkpoint: Checkpoint) -> _LanguageModel:
+    """The numbered stack beside an embedding that fits what the config says.
+
+    LLaVA-1.5's and Gemma 3's text_config on the hub leave out what their classes have as defaults: layers, width or
+    vocabulary. What is not said does not count; between several that fit, the one with the most vocabulary is it.
+    """
+    config, text = checkpoint.config, text_config(checkpoint.config)
+
+    def said(key: str) -> int | None:
+        for part in (text, config):
+            if type(part.get(key)) is int and part[key] > 0:
+                return int(part[key])
+        return None
+
+    layers, hidden, vocabulary = said("num_hidden_layers"), said("hidden_size"), said("vocab_size")
     indices: dict[str, set[int]] = defaultdict(set)
     for name in checkpoint.tensors:
         if match := re.match(r"(.*?)\.?\b(\d+)\.", name):
             indices[match[1]].add(int(match[2]))
-    found, near = [], []
+    found: list[tuple[str, int, Tensor]] = []
+    short: list[tuple[str, int]] = []
     for prefix, seen in indices.items():
-        parent = prefix.rpartition(".")[0]
-        if not seen >= set(range(layers)):
-            if _has_embedding(checkpoint, parent, hidden, vocabulary):
-                near.append((prefix, seen))
+        embedding = _embedding_beside(checkpoint, prefix.rpartition(".")[0], hidden, vocabulary)
+        if embedding is None:
             continue
-        if _has_embedding(checkpoint, parent, hidden, vocabulary):
-            found.append(prefix)
-    if len(found) == 1:
-        return found[0], layers
-    if found:
-        raise SourceError(f"{checkpoint.label}: more than one language model found ({', '.join(sorted(found))})")
-    for prefix, seen in near:
-        lost = sorted(set(range(layers)) - seen)
+        count = next(n for n in range(len(seen) + 1) if n not in seen)
+        if count and (layers is None or count >= layers):
+            found.append((prefix, layers or count, embedding))
+        elif layers is not None:
+            short.append((prefix, count))
+    if len(found) > 1:
+        most = max(embedding.shape[0] for _, _, embedding in found)
+        found = [entry for entry in found if entry[2].shape[0] == most]
+    if len(found) > 1:
+        listed = ", ".join(sorted(prefix for prefix, _, _ in found))
+        raise SourceError(f"{checkpoint.label}: more than one language model found ({listed})")
+    if not found and short:
+        prefix, count = short[0]
         raise SourceError(
-            f"{checkpoint.label}: config.json says {layers} decoder layers, but {prefix} has no layer {lost[0]}; "
+            f"{checkpoint.label}: config.json says {layers} decoder layers, but {prefix} has no layer {count}; "
             "a shard is missing, or the config belongs to another model"
         )
-    listed = ", ".join(f"{prefix} ({len(seen)})" for prefix, seen in sorted(indices.items())) or "none"
-    raise SourceError(
-        f"{checkpoint.label}: no language model found: config.json says {layers} layers of width {hidden} beside an "
-        f"embedding of {vocabulary} rows; numbered stacks in the shards: {listed}"
-    )
+    if not found:
+        stacks = ", ".join(f"{prefix} ({len(seen)})" for prefix, seen in sorted(indices.items())) or "none"
+        raise SourceError(
+            f"{checkpoint.label}: no language model found: config.json says {layers or 'nothing of'} layers of width "
+            f"{hidden or 'unsaid'} beside an embedding of {vocabulary or 'unsaid'} rows; numbered stacks in the "
+            f"shards: {stacks}"
+        )
+    stack, count, embedding = found[0]
+    blocks = frozenset(match[1] for name in checkpoint.tensors if (match := re.match(r"(.*?)\.experts\.", name)))
+    experts = next((n for key in _EXPERT_COUNTS if (n := said(key))), 0)
+    return _LanguageModel(stack, count, embedding, experts, blocks, text)
 
 
-def _has_embedding(checkpoint: Checkpoint, parent: str, hidden: int, vocabulary: int) -> bool:
+def _embedding_beside(checkpoint: Checkpoint, parent: str, hidden: int | None, vocabulary: int | None) -> Tensor | None:
+    """The largest 2-D tensor right below `parent` that can be an embedding of this width and vocabulary."""
     prefix = f"{parent}." if parent else ""
-    return any(
-        name.startswith(prefix) and name.count(".") == prefix.count(".") + 1 and _is_vocabulary(t, hidden, vocabulary)
-        for name, t in checkpoint.tensors.items()
-        if len(t.shape) == 2
-    )
-
-
-def _is_vocabulary(tensor: Tensor, hidden: int, vocabulary: int) -> bool:
-    return len(tensor.shape) == 2 and tensor.shape[0] >= vocabulary and tensor.shape[1] == hidden
+    fitting = [
+        tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+        and name.count(".") == prefix.count(".") + 1
+        and is_linear_shaped(tensor)
+        and not _is_head(name)
+        and (hidden is None or tensor.shape[1] == hidden)
+        and (tensor.shape[0] >= vocabulary if vocabulary is not None else tensor.shape[0] > tensor.shape[1])
+    ]
+    return max(fitting, key=lambda tensor: tensor.shape[0], default=None)
 
 
 # --- roles -------------------------------------------------------------------------------------------
 
 
-def _choose(
-    name: str,
-    tensor: Tensor,
-    stack: str,
-    root: str,
-    layers: int,
-    moe_blocks: set[str],
-    text: Mapping[str, Any],
-    vocabulary: int,
-    hidden: int,
-) -> Choice:
+def _is_head(name: str) -> bool:
+    return re.search(r"(^|\.)(lm_head|output|embed_out)\.weight$", name) is not None
+
+
+def _choose(tensor: Tensor, found: _LanguageModel, checkpoint: Checkpoint) -> Choice:
+    name, stack, root = tensor.name, found.stack, found.root
     inside = re.match(rf"{re.escape(stack)}\.(\d+)\.(.+)" if stack else r"(\d+)\.(.+)", name)
     if inside:
         layer = int(inside[1])
-        if layer >= layers:  # multi-token prediction and the like, which the language model proper does not run
+        if layer >= found.layers:  # multi-token prediction and the like, which the language model proper does not run
             return Choice("outside", None, f"{stack}.{layer}")
-        return Choice(_layer_role(name, tensor, moe_blocks, text), layer, stack)
+        return Choice(_layer_role(tensor, found), layer, stack)
+    if tensor is found.embedding:
+        return Choice("embedding", None, name.rpartition(".")[0])
+    if _is_head(name):
+        tied = head_is_tied(checkpoint.config) and tensor.shape == found.embedding.shape
+        return Choice("tied head" if tied else "head", None, name.rpartition(".")[0])
     prefix = f"{root}." if root else ""
-    if name.startswith(prefix) and name.removeprefix(prefix).count(".") <= 1:
-        if _is_vocabulary(tensor, hidden, vocabulary):
-            head = "lm_head" in name or "output" in name.rsplit(".", 2)[-2]
-            return Choice("head" if head else "embedding", None, name.rpartition(".")[0])
-        if len(tensor.shape) <= 1:
-            return Choice("norm", None, root)
-    component = _component(name, root)
-    if _is_vocabulary(tensor, hidden, vocabulary) or re.search(r"(^|\.)lm_head\.", name):
-        return Choice("head", None, name.rpartition(".")[0])
-    return Choice("outside", None, component)
+    if name.startswith(prefix) and name.count(".") <= prefix.count(".") + 1 and len(tensor.shape) <= 1:
+        return Choice("norm", None, root)
+    return Choice("outside", None, _component(name, root))
 
 
 def _component(name: str, root: str) -> str:
@@ -266,32 +304,50 @@ def _component(name: str, root: str) -> str:
     return ".".join(parts[: depth + 1])
 
 
-def _layer_role(name: str, tensor: Tensor, moe_blocks: set[str], text: Mapping[str, Any]) -> Role:
-    if len(tensor.shape) <= 1:
+def _layer_role(tensor: Tensor, found: _LanguageModel) -> Role:
+    name, shape = tensor.name, tensor.shape
+    if len(shape) <= 1:
         return "norm"
-    if len(tensor.shape) == 3 and re.search(r"\.experts\.(gate_up_proj|down_proj)$", name):
+    if len(shape) == 3 and re.search(r"\.experts\.(gate_up_proj|down_proj)$", name):
         return "experts"
-    if len(tensor.shape) == 3 and ".experts" in name:
+    if len(shape) == 3 and (".experts" in name or shape[0] == found.experts):
         raise SourceError(
-            f"{name}: experts fused as {list(tensor.shape)}, a layout that is not known here; "
+            f"{name}: experts fused as {list(shape)}, a layout that is not known here; "
             "save the model with one tensor an expert first"
         )
-    if len(tensor.shape) != 2 or not name.endswith(".weight"):
+    if not is_linear_shaped(tensor) or 0 in shape:
         return "other"
-    module = name.removesuffix(".weight")
-    parent, _, last = module.rpartition(".")
-    experts = next((text[key] for key in _EXPERT_COUNTS if type(text.get(key)) is int), 0)
-    routes = (tensor.shape[0] == experts and last in ("gate", "router")) or ".router." in f"{module}."
-    # an MoE block's own weights, beside its experts, decide who is asked: gate, router, shared_expert_gate
-    return "router" if parent in moe_blocks or (experts and routes) else "linear"
+    return "router" if _routes(name.removesuffix(".weight"), shape[0], found) else "linear"
 
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+def _routes(module: str, rows: int, found: _LanguageModel) -> bool:
+    """Whether a module of an MoE block decides who is asked: gate, router, shared_expert_gate.
+
+    It stands in a block that has experts, but in none of them, and has a row an expert, or a single one.
+    """
+    block = next((block for block in found.moe_blocks if module.startswith(f"{block}.")), None)
+    if block is None:
+        return False
+    inner = module.removeprefix(f"{block}.").split(".")
+    expert = inner[0] == "experts" or (inner[0].startswith("shared_expert") and len(inner) > 1)
+    return not expert and (rows in (1, found.experts) if found.experts else len(inner) == 1)
 
 
-def _check_layers(checkpoint: Checkpoint, choices: dict[str, Choice], stack: str, layers: int) -> list[str]:
+def _refuse_transposed(checkpoint: Checkpoint, choices: dict[str, Choice]) -> None:
+    """GPT-2's Conv1D keeps [in, out]: a scale a row would be a scale an input. Its bias gives it away."""
+    for name, choice in choices.items():
+        bias = checkpoint.tensors.get(name.removesuffix(".weight") + ".bias")
+        if choice.role == "linear" and bias is not None and bias.shape != checkpoint.tensors[name].shape[:1]:
+            raise SourceError(
+                f"{name}: its bias has {list(bias.shape)} values for {list(checkpoint.tensors[name].shape)}; weights "
+                "stored as [in, out] are not supported"
+            )
+
+
+def _check_layers(checkpoint: Checkpoint, choices: dict[str, Choice], found: _LanguageModel) -> list[str]:
     """A layer that lacks weights which another layer has, and has none instead, is an incomplete download."""
-    kinds: dict[int, set[str]] = {layer: set() for layer in range(layers)}
+    stack = found.stack
+    kinds: dict[int, set[str]] = {layer: set() for layer in range(found.layers)}
     for name, choice in choices.items():
         if choice.layer is not None and choice.role in ("linear", "experts"):
             kinds[choice.layer].add(name.removeprefix(f"{stack}." if stack else "").split(".", 1)[1])
@@ -311,7 +367,7 @@ def _check_layers(checkpoint: Checkpoint, choices: dict[str, Choice], stack: str
 
 
 def _expert_layouts(
-    checkpoint: Checkpoint, choices: dict[str, Choice], text: Mapping[str, Any], model_type: str
+    checkpoint: Checkpoint, choices: dict[str, Choice], found: _LanguageModel, model_type: str
 ) -> dict[str, ExpertLayout]:
     layouts: dict[str, ExpertLayout] = {}
     for name, choice in choices.items():
@@ -324,7 +380,7 @@ def _expert_layouts(
                 f"{name}: fused experts of model_type {model_type} are not known here (which half is the gate?); "
                 "save the model with one tensor an expert first"
             )
-        hidden, wide = int(text["hidden_size"]), int(text["moe_intermediate_size"])
+        hidden, wide = found.hidden, int(found.text.get("moe_intermediate_size", 0))
         shapes = checkpoint.tensors[name].shape[1:], down.shape[1:]
         # Both tensors are asked: where one is square, the other is not.
         if shapes == ((2 * wide, hidden), (hidden, wide)):
@@ -375,7 +431,7 @@ def quantizable_modules(
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether an ignore pattern means this module (see `select`)."""
+    """Whether an ignore pattern of a recipe means this module (see `select`)."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)
@@ -423,14 +479,63 @@ def _names(modules: list[str]) -> str:
 
 def _kept_linears(checkpoint: Checkpoint, choices: dict[str, Choice], modules: dict[str, str]) -> tuple[str, ...]:
     kept: list[str] = []
+    experts: dict[str, list[str]] = defaultdict(list)
+    for module, owner in modules.items():
+        if choices[owner].role == "ignored" and len(checkpoint.tensors[owner].shape) == 3:
+            experts[owner].append(module)
     for name, choice in choices.items():
-        tensor = checkpoint.tensors[name]
-        if choice.role == "ignored" and len(tensor.shape) == 3:
-            kept += [module for module, owner in modules.items() if owner == name]
-        elif choice.role in ("ignored", "router", "head", "outside", "other") and (
-            len(tensor.shape) == 2 and name.endswith(".weight")
+        kept += experts.get(name, [])
+        if choice.role in ("ignored", "router", "head", "outside", "other") and is_linear_shaped(
+            checkpoint.tensors[name]
         ):
             kept.append(name.removesuffix(".weight"))
     # the head's name in transformers and vLLM: where it is tied it is in no file, and LLaVA's files call it otherwise
     kept.append("lm_head")
     return tuple(dict.fromkeys(kept))
+
+
+class IgnoreList:
+    """The ``ignore`` of a quantization_config, as compressed-tensors and vLLM match it.
+
+    An entry is a module's name, or ``re:`` with a regular expression matched from the start of the name.
+
+    Raises:
+        ValueError: an entry is no text, or no regular expression.
+    """
+
+    def __init__(self, entries: Iterable[object]) -> None:
+        self._literals: set[str] = set()
+        self._patterns: dict[str, re.Pattern[str]] = {}
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise ValueError(f"{entry!r} is no module's name")
+            if not entry.startswith("re:"):
+                self._literals.add(entry)
+                continue
+            try:
+                self._patterns[entry] = re.compile(entry[3:])
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{entry!r} is no regular expression: {error}") from None
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._literals or any(p.match(module) for p in self._patterns.values())
+
+    def problems(self, linears: Mapping[str, str], modules: set[str]) -> list[str]:
+        """What vLLM would do wrong with this list.
+
+        Args:
+            linears: every module with a 2-D weight that can be a linear layer, and the weight's dtype.
+            modules: the names of all modules.
+        """
+        found = []
+        for module, dtype in linears.items():
+            if dtype == "F8_E4M3" and module in self:
+                found.append(f"{module}: it is FP8, but the config ignores it: vLLM would load codes as weights")
+            elif dtype != "F8_E4M3" and module not in self:
+                found.append(
+                    f"{module}: {dtype}, but the config does not ignore it: vLLM would cast it to FP8 with a scale "
+                    "that nobody set"
+                )
+        idle = sorted(self._literals - modules - {"lm_head"})
+        idle += [entry for entry, p in self._patterns.items() if not any(p.match(module) for module in modules)]
+        return found + [f"quantization_config.ignore: {entry!r} matches nothing in this checkpoint" for entry in idle]

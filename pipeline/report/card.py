@@ -42,7 +42,7 @@ def model_card(plan: Plan) -> str:
         "output_size": size_text(plan.output_nbytes),
         "recipe": recipe_yaml(plan.recipe, base_model or source.root.name).rstrip(),
         "version": __version__,
-        "libraries": plan.backend.versions(),
+        "libraries": plan.backend.versions(set()),
         "kv_cache": plan.recipe.kv_cache,
         "custom_code": bool(source.config.get("auto_map")),
     }

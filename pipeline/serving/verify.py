@@ -7,20 +7,21 @@ headers, config and scales are read.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import re
 import struct
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, open_checkpoint
-from pipeline.journal import JOURNAL
-from pipeline.model.selection import Selection, expert_modules, head_is_tied, select
+from pipeline.backends.fp8 import NonFiniteWeight, transpose
+from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor, open_checkpoint
+from pipeline.journal import JOURNAL, read_pieces
+from pipeline.model.selection import IgnoreList, Selection, expert_modules, is_linear_shaped, select
 
 CHUNK = 16 << 20
 FP8 = "F8_E4M3"
@@ -78,9 +79,10 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         )
         return report
     _check_scales(result, report)
-    _check_ignore(result, section, report)
+    ignore = _check_section(section, report)
+    _check_ignore(result, ignore, report)
     if source is not None:
-        _check_accounts(result, source, section, report)
+        _check_accounts(result, source, ignore, report)
         _check_config(result, source, report)
     if contents:
         _check_hashes(result, report)
@@ -146,47 +148,63 @@ def _read(checkpoint: Checkpoint, tensor: Tensor, start: int, count: int) -> byt
 # --- config ------------------------------------------------------------------------------------------
 
 
-def _ignored(module: str, patterns: list[str]) -> bool:
-    """As compressed-tensors and vLLM match: a literal name, or ``re:`` from the start of the name."""
-    return any(re.match(p[3:], module) if p.startswith("re:") else p == module for p in patterns)
+def _check_section(section: dict[str, Any], report: Report) -> IgnoreList:
+    """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
+    groups = section.get("config_groups")
+    wanted = FP8Dynamic.groups()["group_0"]
+    found = list(groups.values()) if isinstance(groups, dict) else []
+    fits = [
+        group
+        for group in found
+        if isinstance(group, dict)
+        and "Linear" in (group.get("targets") or [])
+        and all(_has(group.get(part), wanted[part]) for part in ("weights", "input_activations"))
+    ]
+    if not fits:
+        report.problems.append(
+            "quantization_config.config_groups: no group says that Linear weights are FP8 with a scale a row and "
+            "activations FP8 per token: vLLM would read the scales wrongly"
+        )
+    if section.get("format") != "float-quantized":
+        report.problems.append(f"quantization_config.format is {section.get('format')!r}, not float-quantized")
+    entries = section.get("ignore") or []
+    try:
+        if not isinstance(entries, list):
+            raise ValueError(f"{entries!r} is no list")
+        return IgnoreList(entries)
+    except ValueError as error:
+        report.problems.append(f"quantization_config.ignore: {error}")
+        return IgnoreList([])
 
 
-def _check_ignore(result: Checkpoint, section: dict[str, Any], report: Report) -> None:
-    patterns = [str(pattern) for pattern in section.get("ignore") or []]
-    quantized = [name.removesuffix(".weight") for name, tensor in result.tensors.items() if tensor.dtype == FP8]
-    for module in quantized:
-        if _ignored(module, patterns):
-            report.problems.append(f"{module}: it is FP8, but the config ignores it: vLLM would load codes as weights")
+def _has(part: Any, wanted: dict[str, Any]) -> bool:
+    keys = ("num_bits", "type", "strategy", "dynamic", "symmetric")
+    return isinstance(part, dict) and all(part.get(key) == wanted[key] for key in keys)
+
+
+def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> None:
     try:
         selection = select(result)
     except SourceError as error:
         report.problems.append(str(error))
         return
-    plain = 0
-    for name, choice in selection.choices.items():
-        tensor = result.tensors[name]
-        if choice.role in ("embedding", "norm") or tensor.dtype == FP8 or len(tensor.shape) != 2:
-            continue
-        if not name.endswith(".weight"):
-            continue
-        plain += 1
-        module = name.removesuffix(".weight")
-        if not _ignored(module, patterns):
-            report.problems.append(
-                f"{module}: {tensor.dtype}, but the config does not ignore it: vLLM would cast it to FP8 with a scale "
-                "that nobody set"
-            )
-    modules = {name.rpartition(".")[0] for name in result.tensors} | {"lm_head"}
-    for pattern in patterns:
-        if not any(_ignored(module, [pattern]) for module in modules):
-            report.problems.append(f"quantization_config.ignore: {pattern!r} matches nothing in this checkpoint")
+    linears = {
+        name.removesuffix(".weight"): tensor.dtype
+        for name, tensor in result.tensors.items()
+        if is_linear_shaped(tensor) and selection.choices[name].role != "embedding"
+    }
+    report.problems += ignore.problems(linears, {name.rpartition(".")[0] for name in result.tensors})
+    plain = sum(dtype != FP8 for dtype in linears.values())
     report.checked.append(f"{plain} plain linear weights: the config ignores each, and no FP8 weight")
 
 
 def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> None:
-    stripped = {key: value for key, value in result.config.items() if key != "quantization_config"}
-    if stripped != source.config:
-        changed = sorted(k for k in {*stripped, *source.config} if stripped.get(k) != source.config.get(k))
+    ours, theirs = (
+        {key: value for key, value in config.items() if key != "quantization_config"}
+        for config in (result.config, source.config)
+    )
+    if ours != theirs:
+        changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
         report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
     for name in source.sidecars:
         path = result.root / name
@@ -202,8 +220,7 @@ def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> Non
 # --- against the source ------------------------------------------------------------------------------
 
 
-def _check_accounts(result: Checkpoint, source: Checkpoint, section: dict[str, Any], report: Report) -> None:
-    patterns = [str(pattern) for pattern in section.get("ignore") or []]
+def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, report: Report) -> None:
     selection = select(source)
     expected: set[str] = set()
     copied = quantized = 0
@@ -213,10 +230,10 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, section: dict[str, A
         if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
             expected.add(name)
             copied += 1
-            if role == "linear" and not _ignored(name.removesuffix(".weight"), patterns):
+            if role == "linear" and name.removesuffix(".weight") not in ignore:
                 report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
             continue
-        if role == "head" and found is None and head_is_tied(source.config):
+        if role == "tied head" and found is None:
             continue
         if role not in ("linear", "experts"):
             what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
@@ -251,41 +268,103 @@ def _expected_modules(name: str, tensor: Tensor, role: str, selection: Selection
 
 
 def _check_hashes(result: Checkpoint, report: Report) -> None:
-    journal = result.root / JOURNAL
-    if not journal.exists():
-        report.checked.append("no hashes were recorded for this checkpoint")
-        return
-    count = 0
     try:
-        entries = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:]]
-        pieces = [piece for entry in entries for piece in entry["pieces"]]
-    except (ValueError, KeyError):
+        pieces = read_pieces(result.root)
+    except ValueError:
         report.problems.append(f"{JOURNAL}: it is damaged")
         return
-    for name, offset, nbytes, sha256 in pieces:
-        tensor = result.tensors.get(name)
+    if pieces is None:
+        report.checked.append("no hashes were recorded for this checkpoint")
+        return
+    covered: Counter[str] = Counter()
+    for piece in pieces:
+        tensor = result.tensors.get(piece.tensor)
         if tensor is None:
-            report.problems.append(f"{name}: recorded by the run, absent here")
+            report.problems.append(f"{piece.tensor}: recorded by the run, absent here")
             continue
+        covered[piece.tensor] += piece.nbytes
         digest = hashlib.sha256()
-        for start in range(0, nbytes, CHUNK):
-            digest.update(_read(result, tensor, offset - tensor.offset + start, min(CHUNK, nbytes - start)))
-        if digest.hexdigest() != sha256:
-            report.problems.append(f"{name}: its bytes are not those that the run wrote (SHA-256 differs)")
-        count += nbytes
-    report.checked.append(f"{count:,} bytes of tensors: SHA-256 as recorded by the run")
+        for start in range(0, piece.nbytes, CHUNK):
+            count = min(CHUNK, piece.nbytes - start)
+            digest.update(_read(result, tensor, piece.offset - tensor.offset + start, count))
+        if digest.hexdigest() != piece.sha256:
+            report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
+    for name, tensor in result.tensors.items():
+        if covered[name] != tensor.nbytes:
+            report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
+    report.checked.append(f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run")
 
 
 def _check_bytes(result: Checkpoint, source: Checkpoint, report: Report) -> None:
-    same = 0
+    """What stays against the source, and what is quantized against the source quantized once more."""
+    selection, same, again, other = select(source), 0, 0, 0
+    ours = (result.root / JOURNAL).exists()
     for name, tensor in source.tensors.items():
-        found = result.tensors.get(name)
-        if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-            continue
-        for start in range(0, tensor.nbytes, CHUNK):
-            count = min(CHUNK, tensor.nbytes - start)
-            if _read(source, tensor, start, count) != _read(result, found, start, count):
+        found, role = result.tensors.get(name), selection.choices[name].role
+        if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
+            same += 1
+            if not _equal(source, tensor, result, found):
                 report.problems.append(f"{name}: it was to stay as it is, but its bytes differ from the source's")
-                break
-        same += 1
+        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
+            again += 1
+            try:
+                wrong = _requantize(source, tensor, result, role, selection)
+            except NonFiniteWeight:
+                report.problems.append(f"{name}: NaN or Inf in the source")
+                continue
+            if wrong and not ours:
+                other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
+            elif wrong:
+                report.problems.append(
+                    f"{wrong}: not what the source's {name} gives when it is quantized (llm-compressor's numerics on a "
+                    "CPU)"
+                )
     report.checked.append(f"{same} tensors that stay as they are: byte for byte the source's")
+    bits = f"the same bits but for {other}, made elsewhere" if other else "the same bits"
+    report.checked.append(f"{again} source tensors quantized once more: {bits}")
+
+
+def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
+    starts = range(0, tensor.nbytes, CHUNK)
+    sizes = [min(CHUNK, tensor.nbytes - start) for start in starts]
+    return all(_read(a, tensor, s, n) == _read(b, other, s, n) for s, n in zip(starts, sizes, strict=True))
+
+
+def _requantize(source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection) -> str | None:
+    """The first output tensor whose bytes are not those of `tensor` quantized again; None if all are."""
+    quantize, width = FP8Dynamic().quantizer(tensor.dtype), DTYPE_BYTES[tensor.dtype]
+    modules = list(_expected_modules(tensor.name, tensor, role, selection))
+    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
+    each = len(modules) // layout.experts if layout else 1
+    position = 0
+    for first in range(0, len(modules), each):
+        stacked = modules[first : first + each]
+        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
+        turned = layout is not None and layout.transposed
+        step = rows if turned else max(1, CHUNK // (columns * width))
+        codes, scales = bytearray(rows * columns), bytearray(rows * width)
+        for top in range(0, rows, step):
+            count = min(step, rows - top)
+            data = bytearray(_read(source, tensor, position, count * columns * width))
+            position += len(data)
+            if turned:
+                flat, data = data, bytearray(len(data))
+                transpose(flat, data, columns, rows, width)
+            quantize(
+                data,
+                memoryview(codes)[top * columns : (top + count) * columns],
+                memoryview(scales)[top * width : (top + count) * width],
+                count,
+                columns,
+            )
+        top = 0
+        for module, height, _ in stacked:
+            for suffix, made in (
+                ("weight", codes[top * columns : (top + height) * columns]),
+                ("weight_scale", scales[top * width : (top + height) * width]),
+            ):
+                found = result.tensors.get(f"{module}.{suffix}")
+                if found is not None and _read(result, found, 0, found.nbytes) != made:
+                    return f"{module}.{suffix}"
+            top += height
+    return None
