@@ -203,7 +203,7 @@ def test_codes_are_quantized_once_more(pair: tuple[Path, Path], tmp_path: Path) 
 
 @pytest.mark.parametrize("text", ["{", '{"unit": 1}', "[]", "", '"x"'])
 def test_a_damaged_or_cut_journal(text: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    source, out = pair
+    _, out = pair
     damaged = shutil.copytree(out, tmp_path / "damaged")
     journal = damaged / "quantize" / "journal.jsonl"
     first = journal.read_text().splitlines()[0]
