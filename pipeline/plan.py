@@ -35,7 +35,8 @@ from pipeline.recipe import Recipe, not_yet_built
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost
-BASE_MEMORY = 120 << 20  # the process before its first buffer, measured with room to spare
+BASE_MEMORY = 80 << 20  # the process before its first buffer, measured with room to spare
+TENSOR_MEMORY = 3 << 10  # what plan and journal keep of an output tensor; a mixture has tens of thousands
 
 Fate = Literal["quantize", "copy", "drop"]
 
@@ -153,7 +154,7 @@ class Plan:
         """An upper bound in bytes: buffers for the largest piece, as read, as transposed and as written, in flight."""
         largest = max((max(p.nbytes, p.result_nbytes) for p in self.pieces), default=0)
         buffers = 3 if any(p.transposed for p in self.pieces) else 2
-        return BASE_MEMORY + self.in_flight * largest * buffers
+        return BASE_MEMORY + len(self.outputs) * TENSOR_MEMORY + self.in_flight * largest * buffers
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
