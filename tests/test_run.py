@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import plan as plans
 from pipeline import runner
-from pipeline.errors import Interrupted, PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.journal import JOURNAL, Journal
 from pipeline.recipe import load
 from pipeline.report.console import Console
@@ -91,10 +91,8 @@ def test_a_changed_source_is_another_run(tmp_path: Path, quantize: Any, write_re
     assert "source.model-00001-of-00002.safetensors: the file has changed" in refused.stderr
 
 
-def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Make the run end after `count` journalled units: by a signal's flag, or as a crash in the middle of a unit."""
-    from pipeline import stream
-
+def end_early(recipe: Path, count: int, kind: str = "crash") -> PipelineError:
+    """Run until `count` units are recorded, then end: by a real signal, or by a failing disk."""
     original, seen = Journal.finish, []
 
     def finish(self: Journal, unit: int, digests: Any) -> None:
@@ -105,7 +103,11 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
                 raise OSError(5, "Input/output error")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(stream.Journal, "finish", finish)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "finish", finish)
+        with pytest.raises(PipelineError) as caught:
+            run(recipe)
+    return caught.value
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -115,11 +117,7 @@ def test_resume_gives_the_same_bytes(
 ) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4), more="shard_size: 1MB\n")
     run(recipe, f"output={tmp_path / 'whole'}")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(count, patch, kind)
-        with pytest.raises((Interrupted, PipelineError)) as caught:
-            run(recipe)
-    assert caught.value.exit_status == (75 if kind == "signal" else 1)
+    assert end_early(recipe, count, kind).exit_status == (75 if kind == "signal" else 1)
     assert not (tmp_path / "out").exists()
     entries = [json.loads(line) for line in (tmp_path / "out.partial" / JOURNAL).read_text().splitlines()]
     finished = len(entries) - 1
@@ -146,10 +144,7 @@ def test_resume_gives_the_same_bytes(
 def test_finished_bytes_are_not_touched_again(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
     """What the journal counts as done is really left alone: a byte changed there survives, and verify finds it."""
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 2)
     journal = [json.loads(line) for line in (tmp_path / "out.partial" / JOURNAL).read_text().splitlines()]
     name, offset, nbytes, _ = journal[1]["pieces"][0]
     with (tmp_path / "out.partial" / "model.safetensors").open("r+b") as file:
@@ -166,10 +161,7 @@ def test_finished_bytes_are_not_touched_again(tmp_path: Path, write_recipe: Any,
 
 def test_a_torn_journal_line_is_cut_off(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 2)
     journal = tmp_path / "out.partial" / JOURNAL
     raw = journal.read_bytes()
     journal.write_bytes(raw[:-30])
@@ -179,10 +171,7 @@ def test_a_torn_journal_line_is_cut_off(tmp_path: Path, write_recipe: Any, small
 
 def test_a_damaged_journal_is_refused(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 2)
     journal = tmp_path / "out.partial" / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(lines[0] + b"garbage\n" + lines[2])
@@ -193,10 +182,7 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, write_recipe: Any, small_u
 
 def test_other_versions_do_not_go_on(tmp_path: Path, write_recipe: Any, small_units: None) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(1, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "__version__", "9.9")
         with pytest.raises(UsageError, match=r'pipeline: "0\.1\.0" then, "9\.9" now'):
@@ -311,19 +297,13 @@ def test_a_shard_lost_between_runs_is_written_again(
         make_plain_checkpoint(tmp_path / "source", layers=4, vocabulary=9000), more="shard_size: 1MB\n"
     )
     run(recipe, f"output={tmp_path / 'whole'}")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(40, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 40)
     shard = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
     if loss == "removed":
         shard.unlink()
     else:
         os.truncate(shard, shard.stat().st_size - 9000)
-    with pytest.MonkeyPatch.context() as patch:  # and a second crash after it was noticed
-        stop_after(1, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 1)  # and a second crash after it was noticed
     assert "missing or short, although finished before" in capsys.readouterr().out
     run(recipe)
     assert all_tensors(tmp_path / "out") == all_tensors(tmp_path / "whole")
@@ -382,10 +362,7 @@ def test_another_fine_tune_with_the_same_headers_and_times(
     """Unpacked with the same mtimes, in the same place: only the content differs, and that is noticed."""
     source = make_plain_checkpoint(tmp_path / "source", layers=4)
     recipe = write_recipe(source)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch, "crash")
-        with pytest.raises(PipelineError):
-            run(recipe)
+    end_early(recipe, 2)
     for path in source.glob("*.safetensors"):
         times = path.stat().st_mtime_ns
         raw = bytearray(path.read_bytes())
