@@ -36,9 +36,12 @@ def test_memory_is_bounded_and_does_not_grow_with_depth(tmp_path: Path, quantize
     shallow, bound, size = convert("llama_3_2_1b", 12, tmp_path, quantize, write_recipe)
     deep, bound_of_deep, size_of_deep = convert("llama_3_2_1b", 24, tmp_path, quantize, write_recipe)
     assert size > 1.9e9 and size_of_deep > 3.4e9
-    assert bound_of_deep == bound < 0.8e9
+    assert bound <= bound_of_deep < bound + 2e6 and bound_of_deep < 0.8e9, "a plan's entries, no weights"
     assert shallow < bound and deep < bound
-    assert deep < shallow + 40e6, "what grows with the depth is a plan's entry, not a weight"
+    assert deep < shallow + 40e6
+    print(
+        f"peak RSS {shallow / 1e6:.0f} MB for {size / 1e9:.2f} GB, {deep / 1e6:.0f} MB for {size_of_deep / 1e9:.2f} GB"
+    )
 
 
 def test_fused_experts_of_real_size(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
