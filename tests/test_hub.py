@@ -223,3 +223,14 @@ def test_a_hub_model_of_pickles(tmp_path: Path, quantize: Any, write_recipe: Any
 def test_a_revision_needs_a_hub_id(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
     source = make_plain_checkpoint(tmp_path / "source")
     assert_one_clear_line(quantize(write_recipe(source), "model.revision=v1"), 2, "model.revision", "directory")
+
+
+def test_a_hub_that_went_away(tmp_path: Path, quantize: Any, write_recipe: Any, hub: Hub, online: dict) -> None:
+    """The small files are cached, the shards are not, and nobody answers."""
+    root = lay_out_cache(tmp_path / "hf", make_plain_checkpoint(tmp_path / "source"))
+    for shard in (root / "snapshots" / COMMIT).glob("*.safetensors"):
+        shard.unlink()
+    hub.server.shutdown()
+    hub.server.server_close()
+    for command in (["plan"], []):
+        assert_one_clear_line(quantize(*command, write_recipe(NAME), env=online), 1, NAME)

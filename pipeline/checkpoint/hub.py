@@ -131,7 +131,6 @@ def _fetch_start(name: str, commit: str, shard: str, count: int) -> tuple[bytes,
 
 def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
     """Run a hub call; its failures become one line with a remedy."""
-    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -156,5 +155,9 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
         ) from None
     except HFValidationError as error:
         raise UsageError(f"model.source: {' '.join(str(error).split())}") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError, KeyError) as error:
+    except Exception as error:
+        # the client library's own errors (httpx, or httpx2 in huggingface_hub 2) are no OSErrors
+        transport = type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore", "requests"))
+        if not transport and not isinstance(error, (HfHubHTTPError, OSError, KeyError)):
+            raise
         raise SourceError(f"{name}: the hub did not answer as expected: {' '.join(str(error).split())}") from None
