@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-STAGES = ("read", "quantize", "write")
+STAGES = ("read", "load", "forward", "quantize", "write")
+ARGUMENTS = ("tensor", "bytes_read", "bytes_written", "tokens", "tokens_per_s", "replayed")  # shown in a trace
 
 
 class EventLog:
@@ -83,22 +84,28 @@ def peak_rss_bytes() -> int:
 
 
 def layer_timings(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per layer, over all runs of a record: seconds in each stage, bytes read and written, RSS; slowest first."""
+    """Per layer, over all runs of a record: seconds in each stage, bytes read and written, memory; slowest first.
+
+    Layers of a calibrated run also say tokens a second, of the last pass, and the GPU's peak.
+    """
     layers: dict[str, dict[str, Any]] = {}
     for event in events:
-        if event.get("event") != "piece":
+        if event.get("event") not in ("piece", "layer"):
             continue
         row = layers.setdefault(
             event["label"],
-            {"layer": event["label"], "read_s": 0.0, "quantize_s": 0.0, "write_s": 0.0, "bytes_read": 0,
+            {"layer": event["label"], **{f"{stage}_s": 0.0 for stage in STAGES}, "bytes_read": 0,
              "bytes_written": 0, "rss_bytes": 0},
         )  # fmt: skip
         for stage in STAGES:
-            begin, end = event[stage]
+            begin, end = event.get(stage, (0.0, 0.0))
             row[f"{stage}_s"] += end - begin
         row["bytes_read"] += event["bytes_read"]
         row["bytes_written"] += event["bytes_written"]
         row["rss_bytes"] = max(row["rss_bytes"], event["rss_bytes"])
+        if event["event"] == "layer":
+            row["tokens_per_s"] = event["tokens_per_s"]
+            row["device_bytes"] = max(row.get("device_bytes", 0), event["device_bytes"])
     for row in layers.values():
         for stage in STAGES:
             row[f"{stage}_s"] = round(row[f"{stage}_s"], 6)
@@ -114,19 +121,25 @@ def chrome_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[tuple[str, str], int] = {}
     trace: list[dict[str, Any]] = []
     for event in events:
-        if event.get("event") == "piece":
+        if event.get("event") in ("piece", "layer"):
             for stage in STAGES:
+                if stage not in event:
+                    continue
                 begin, end = event[stage]
-                thread = event["thread"] if stage == "quantize" else ""
+                thread = event.get("thread", "") if stage == "quantize" else ""
                 row = rows.setdefault((stage, thread), len(rows) + 1)
                 trace.append({
                     "name": event["label"], "cat": stage, "ph": "X", "pid": 1, "tid": row,
                     "ts": round(begin * 1e6), "dur": max(1, round((end - begin) * 1e6)),
-                    "args": {"tensor": event["tensor"], "bytes_read": event["bytes_read"],
-                             "bytes_written": event["bytes_written"]},
+                    "args": {key: event[key] for key in ARGUMENTS if key in event},
                 })  # fmt: skip
-            trace.append({"name": "RSS", "ph": "C", "pid": 1, "ts": round(event["write"][1] * 1e6),
-                          "args": {"MB": event["rss_bytes"] / 1e6}})  # fmt: skip
+            at = round(event.get("write", event.get("forward", event["read"]))[1] * 1e6)
+            counters = {"RSS": event["rss_bytes"], "device": event.get("device_bytes", 0)}
+            trace += [
+                {"name": name, "ph": "C", "pid": 1, "ts": at, "args": {"MB": value / 1e6}}
+                for name, value in counters.items()
+                if value
+            ]
         elif event.get("event") == "unit":
             row = rows.setdefault(("flush", ""), len(rows) + 1)
             begin, end = event["flush"]

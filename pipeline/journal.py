@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,37 @@ class Digest:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Saved:
+    """Hidden states after a decoder layer, in a file that a run can go on from."""
+
+    layer: int
+    file: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass
+class State:
+    """What a journal says after its first line.
+
+    Attributes:
+        done: the hashes of finished units.
+        facts: what was measured while a unit was made, for the report.
+        saved: the last hidden states.
+    """
+
+    done: dict[int, list[Digest]] = field(default_factory=dict)
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    saved: Saved | None = None
+
+
 class Journal:
     """The journal of one OUTPUT.partial, locked for as long as it is open."""
 
-    def __init__(self, partial: Path, file: int, lock: int, done: dict[int, list[Digest]]) -> None:
+    def __init__(self, partial: Path, file: int, lock: int, state: State) -> None:
         self.partial = partial
-        self.done = done
+        self.done, self.facts, self.saved = state.done, state.facts, state.saved
         self._file = file
         self._lock = lock
 
@@ -64,7 +89,7 @@ class Journal:
             if fresh:
                 _empty(partial)
             path = partial / JOURNAL
-            done = _read(path, identity, partial)
+            state = _read(path, identity, partial)
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if os.fstat(file).st_size == 0:
                 _append(file, {"identity": identity})
@@ -73,13 +98,20 @@ class Journal:
         except BaseException:
             os.close(lock)
             raise
-        return cls(partial, file, lock, done)
+        return cls(partial, file, lock, state)
 
-    def finish(self, unit: int, digests: list[Digest]) -> None:
-        """Record a unit whose bytes are flushed."""
+    def finish(self, unit: int, digests: list[Digest], facts: dict[str, Any] | None = None) -> None:
+        """Record a unit whose bytes are flushed, with what was measured while it was made."""
         rows = [[digest.tensor, digest.offset, digest.nbytes, digest.sha256] for digest in digests]
-        _append(self._file, {"unit": unit, "pieces": rows})
+        _append(self._file, {"unit": unit, "pieces": rows, **({"facts": facts} if facts else {})})
         self.done[unit] = digests
+        if facts:
+            self.facts[unit] = facts
+
+    def save(self, saved: Saved) -> None:
+        """Record hidden states whose file is on the device; they replace those before."""
+        _append(self._file, {"hidden": [saved.layer, saved.file, saved.nbytes, saved.sha256]})
+        self.saved = saved
 
     def forget(self, units: Iterable[int]) -> None:
         """Take finished units back: what they wrote is gone."""
@@ -88,6 +120,7 @@ class Journal:
             _append(self._file, {"forget": units})
             for unit in units:
                 self.done.pop(unit, None)
+                self.facts.pop(unit, None)
 
     def close(self) -> None:
         """Close the journal and give up the lock."""
@@ -116,22 +149,27 @@ def read_pieces(directory: Path) -> list[Digest] | None:
         lines = (directory / JOURNAL).read_bytes().splitlines()
     except FileNotFoundError:
         return None
-    return [digest for digests in _finished(lines[1:]).values() for digest in digests]
+    return [digest for digests in _parse(lines[1:]).done.values() for digest in digests]
 
 
-def _finished(lines: list[bytes]) -> dict[int, list[Digest]]:
-    done: dict[int, list[Digest]] = {}
+def _parse(lines: list[bytes]) -> State:
+    state = State()
     try:
         for line in lines:
             entry = json.loads(line)
             if "forget" in entry:
                 for unit in entry["forget"]:
-                    done.pop(unit, None)
+                    state.done.pop(unit, None)
+                    state.facts.pop(unit, None)
+            elif "hidden" in entry:
+                state.saved = Saved(*entry["hidden"])
             else:
-                done[entry["unit"]] = [Digest(*row) for row in entry["pieces"]]
+                state.done[entry["unit"]] = [Digest(*row) for row in entry["pieces"]]
+                if "facts" in entry:
+                    state.facts[entry["unit"]] = entry["facts"]
     except (ValueError, KeyError, TypeError):
         raise ValueError("the journal is damaged") from None
-    return done
+    return state
 
 
 def _append(file: int, entry: dict[str, Any]) -> None:
@@ -189,20 +227,20 @@ def _refuse_strangers(partial: Path) -> None:
         )
 
 
-def _read(path: Path, identity: dict[str, Any], partial: Path) -> dict[int, list[Digest]]:
+def _read(path: Path, identity: dict[str, Any], partial: Path) -> State:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return {}
+        return State()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) != len(raw):
         os.truncate(path, len(whole))  # a kill tore the last line
     lines = whole.splitlines()
     if not lines:
-        return {}
+        return State()
     try:
         found = json.loads(lines[0])["identity"]
-        done = _finished(lines[1:])
+        state = _parse(lines[1:])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path}: the journal is damaged; start over with --fresh") from None
     if found != identity:
@@ -211,4 +249,4 @@ def _read(path: Path, identity: dict[str, Any], partial: Path) -> dict[int, list
             f"{partial}: another run began this; it differs in\n{changed}\nrun that recipe again to go on with it, "
             "choose another output, or start over with --fresh"
         )
-    return done
+    return state

@@ -2,7 +2,8 @@
 
 Made from the config and the headers alone. A fate is ``quantize``, ``copy`` or ``drop``, with a reason.
 Output shards are laid out completely: the stream only fills in bytes. Pieces are what one thread reads,
-computes and hands to the writer; units of pieces are what the journal records.
+computes and hands to the writer; units of pieces are what the journal records. A calibrated run has a unit a
+decoder layer besides, and its plan holds the token batches too: they decide bits.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import __version__
-from pipeline.backends.base import Backend
-from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.backends.base import Backend, CalibratedBackend
+from pipeline.backends.llmcompressor import FP8Dynamic, FP8DynamicKV
+from pipeline.backends.modelopt import ModelOptFP8
+from pipeline.calibration.batches import BATCH_TOKENS, Batches, make_batches, tokenize
+from pipeline.calibration.captions import CaptionSet, load_captions
+from pipeline.calibration.machine import Device, Needs, Place, choose_device, choose_place
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import PipelineError, UsageError
 from pipeline.model.selection import (
@@ -28,14 +33,18 @@ from pipeline.model.selection import (
     ExpertLayout,
     IgnoreList,
     Selection,
+    attention_prefix,
     expert_modules,
     select,
+    text_config,
 )
 from pipeline.recipe import Recipe, not_yet_built
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost
 BASE_MEMORY = 80 << 20  # the process before its first buffer, measured with room to spare
+TORCH_MEMORY = 1200 << 20  # with torch, transformers and the quantization libraries imported
+CUDA_MEMORY = 3800 << 20  # and with CUDA's libraries loaded
 TENSOR_MEMORY = 3 << 10  # what plan and journal keep of an output tensor; a mixture has tens of thousands
 
 Fate = Literal["quantize", "copy", "drop"]
@@ -113,6 +122,46 @@ class TensorFate:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerUnit:
+    """A decoder layer of a calibrated run: one unit of the journal.
+
+    Attributes:
+        unit: its number.
+        index: the layer's.
+        label: its prefix, e.g. ``model.layers.3``.
+        tensors: the source's, in file order.
+        nbytes: of them.
+        pieces: what is computed from the bytes alone: copies, and weights whose scheme needs no data.
+        made: output tensors that the backend makes after calibration.
+    """
+
+    unit: int
+    index: int
+    label: str
+    tensors: tuple[Tensor, ...]
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    made: tuple[str, ...]
+
+    def result_nbytes(self, outputs: Mapping[str, OutputTensor]) -> int:
+        """Bytes that this layer writes."""
+        return sum(piece.result_nbytes for piece in self.pieces) + sum(outputs[name].nbytes for name in self.made)
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What runs through the layers, and on what."""
+
+    captions: CaptionSet
+    batches: Batches
+    device: Device
+    place: Place
+    place_why: str
+    needs: Needs
+    layers: tuple[LayerUnit, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """See the module's text."""
@@ -124,9 +173,20 @@ class Plan:
     fates: dict[str, TensorFate]
     outputs: dict[str, OutputTensor]
     shards: tuple[OutputShard, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...]  # of the data-free stream
     threads: int
     warnings: tuple[str, ...]
+    calibration: CalibrationPlan | None = None
+
+    @property
+    def layers(self) -> tuple[LayerUnit, ...]:
+        """The decoder layers of a calibrated run; none where no data is needed."""
+        return self.calibration.layers if self.calibration else ()
+
+    @property
+    def read_nbytes(self) -> int:
+        """What a whole run reads of the source."""
+        return sum(piece.nbytes for piece in self.pieces) + sum(layer.nbytes for layer in self.layers)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -142,6 +202,11 @@ class Plan:
     @property
     def units(self) -> int:
         """How many units the journal will hold."""
+        return self.piece_units + len(self.layers)
+
+    @property
+    def piece_units(self) -> int:
+        """How many of them belong to the data-free stream; they come first."""
         return self.pieces[-1].unit + 1 if self.pieces else 0
 
     @property
@@ -152,9 +217,17 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """An upper bound in bytes: buffers for the largest piece, as read, as transposed and as written, in flight."""
-        largest = max((max(p.nbytes, p.result_nbytes) for p in self.pieces), default=0)
-        buffers = 3 if any(p.transposed for p in self.pieces) else 2
-        return BASE_MEMORY + len(self.outputs) * TENSOR_MEMORY + self.in_flight * largest * buffers
+        pieces = [*self.pieces, *(piece for layer in self.layers for piece in layer.pieces)]
+        largest = max((max(p.nbytes, p.result_nbytes) for p in pieces), default=0)
+        buffers = 3 if any(p.transposed for p in pieces) else 2
+        stream = len(self.outputs) * TENSOR_MEMORY + self.in_flight * largest * buffers
+        if self.calibration is None:
+            return BASE_MEMORY + stream
+        found, needs = self.calibration, self.calibration.needs
+        on_host = 2 * needs.layer + 2 * needs.made + (needs.hidden if found.place == "host" else 0)
+        if found.device.kind == "cuda":
+            return CUDA_MEMORY + stream + on_host
+        return TORCH_MEMORY + stream + on_host + needs.layer + needs.activations
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
@@ -167,13 +240,16 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     if missing := not_yet_built(recipe):
         raise UsageError("\n".join(missing))
     _refuse_quantized(checkpoint)
-    backend = FP8Dynamic()
+    backend = choose_backend(recipe)
     selection = select(checkpoint, recipe.ignore)
     drafts = list(_draft(checkpoint, selection, backend))
     outputs, shards = _lay_out(drafts, recipe.shard_bytes)
-    pieces = tuple(_cut(checkpoint, drafts, outputs))
-    fates = {draft.fate.tensor.name: draft.fate for draft in drafts}
-    _check_accounts(checkpoint, fates, outputs, pieces)
+    calibrated = isinstance(backend, CalibratedBackend)
+    of_layers = [d for d in drafts if calibrated and d.layer is not None]
+    pieces = tuple(_cut([d for d in drafts if not calibrated or d.layer is None], outputs))
+    layers = tuple(_layers(checkpoint, selection, backend, of_layers, outputs, pieces[-1].unit + 1 if pieces else 0))
+    fates = {draft.fate.tensor.name: draft.fate for draft in drafts if draft.fate is not None}
+    _check_accounts(checkpoint, fates, outputs, pieces, layers)
     _check_ignore(backend, selection, fates, outputs)
     threads = recipe.runtime.threads or min(8, os.cpu_count() or 1)
     warnings = list(selection.warnings)
@@ -182,13 +258,75 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
             f"verify: {recipe.verify} needs vLLM, which this version does not drive yet; the structure is verified, "
             "the result is not proven in vLLM"
         )
-    if recipe.runtime.device == "cuda":
-        warnings.append("runtime.device: cuda is not used: this path needs no data and the disk sets its pace")
-    if recipe.runtime.work_directory is not None:
-        warnings.append("runtime.work_directory is not used: this path writes no scratch files")
-    if recipe.calibration is not None:
-        warnings.append("calibration is not used: neither fp8_dynamic weights nor kv_cache: none need data")
-    return Plan(recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, threads, tuple(warnings))
+    calibration = None
+    if calibrated:
+        calibration = _plan_calibration(recipe, checkpoint, layers, outputs)
+        warnings += _calibration_warnings(recipe, checkpoint, calibration)
+    else:
+        if recipe.runtime.device == "cuda":
+            warnings.append("runtime.device: cuda is not used: this path needs no data and the disk sets its pace")
+        if recipe.runtime.work_directory is not None:
+            warnings.append("runtime.work_directory is not used: this path writes no scratch files")
+        if recipe.calibration is not None:
+            warnings.append("calibration is not used: neither fp8_dynamic weights nor kv_cache: none need data")
+    return Plan(
+        recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, threads, tuple(warnings), calibration
+    )
+
+
+def choose_backend(recipe: Recipe) -> Backend:
+    """The backend that carries out a recipe's scheme."""
+    if recipe.backend == "modelopt":
+        options = recipe.backend_options
+        return ModelOptFP8(recipe.kv_cache == "fp8", options.exact, options.balance)
+    return FP8DynamicKV() if recipe.kv_cache == "fp8" else FP8Dynamic()
+
+
+def _plan_calibration(
+    recipe: Recipe, checkpoint: Checkpoint, layers: tuple[LayerUnit, ...], outputs: Mapping[str, OutputTensor]
+) -> CalibrationPlan:
+    assert recipe.calibration is not None, "the recipe's own check asks for it"
+    captions = load_captions(recipe.calibration)
+    sequences = tokenize(captions.texts, checkpoint.root, recipe.calibration.template)
+    batches = make_batches(sequences, recipe.calibration.max_length)
+    text = text_config(checkpoint.config)
+    hidden = int(text.get("hidden_size") or 0) or _hidden_size(layers)
+    limit = text.get("max_position_embeddings")
+    if isinstance(limit, int) and batches.longest > limit:
+        raise UsageError(
+            f"calibration.max_length: a caption has {batches.longest} tokens, the model {limit} positions; lower it"
+        )
+    widest = max(shape for layer in layers for t in layer.tensors for shape in t.shape if len(t.shape) == 2)
+    tokens = max(batch.tokens for batch in batches.batches)
+    needs = Needs(
+        layer=max(layer.nbytes for layer in layers),
+        made=max(layer.result_nbytes(outputs) for layer in layers),
+        hidden=batches.tokens * hidden * 2,
+        activations=tokens * (4 * widest + 12 * hidden) * 2,
+    )
+    device = choose_device(recipe.runtime.device)
+    output = Path(recipe.output).expanduser().absolute()
+    work = Path(recipe.runtime.work_directory).expanduser() if recipe.runtime.work_directory else output.parent
+    place, why = choose_place(recipe.runtime.hidden_states, device, needs, work)
+    return CalibrationPlan(captions, batches, device, place, why, needs, layers)
+
+
+def _hidden_size(layers: tuple[LayerUnit, ...]) -> int:
+    return min(shape for tensor in layers[0].tensors for shape in tensor.shape if len(tensor.shape) == 2)
+
+
+def _calibration_warnings(recipe: Recipe, checkpoint: Checkpoint, calibration: CalibrationPlan) -> list[str]:
+    found = []
+    batches = calibration.batches
+    if batches.cut:
+        found.append(
+            f"{batches.cut} of {batches.samples} captions were cut at calibration.max_length: "
+            f"{recipe.calibration.max_length if recipe.calibration else 0} tokens"
+        )
+    dtypes = {tensor.dtype for layer in calibration.layers for tensor in layer.tensors if len(tensor.shape) > 1}
+    if other := sorted(dtypes - {"BF16"}):
+        found.append(f"weights in {', '.join(other)} run in BF16 while ranges are measured")
+    return found
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -218,23 +356,55 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Draft:
-    fate: TensorFate
+    fate: TensorFate | None  # None: no source tensor becomes this; the backend makes it
     blocks: tuple[_Block, ...]
     # for each group that must share a shard: (name, dtype, shape)
     groups: tuple[tuple[tuple[str, str, tuple[int, ...]], ...], ...]
+    layer: int | None = None
+    made: bool = False  # by the backend after calibration, not from the source's bytes alone
 
 
 def _draft(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
+    caches = _cache_drafts(selection, backend) if isinstance(backend, CalibratedBackend) else {}
+    for draft in _weight_drafts(checkpoint, selection, backend):
+        yield draft
+        assert draft.fate is not None
+        if (more := caches.get(draft.fate.tensor.name)) is not None:
+            yield more
+
+
+def _cache_drafts(selection: Selection, backend: CalibratedBackend) -> dict[str, _Draft]:
+    """KV scales, by the key projection that they stand behind."""
+    specs = backend.attention_outputs()
+    if not specs:
+        return {}
+    found: dict[str, _Draft] = {}
+    layers: set[int] = set()
+    for name, choice in selection.choices.items():
+        if choice.layer is None or (prefix := attention_prefix([name], f"{choice.component}.{choice.layer}")) is None:
+            continue
+        layers.add(choice.layer)
+        group = tuple((f"{prefix}.{spec.suffix}", spec.dtype, spec.shape) for spec in specs)
+        found[name] = _Draft(None, (), (group,), choice.layer, made=True)
+    if not layers:
+        raise UsageError(
+            f"kv_cache: fp8: no attention with a k_proj or qkv_proj was found in {selection.stack}; set kv_cache: none"
+        )
+    return found
+
+
+def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
+    calibrated = isinstance(backend, CalibratedBackend) and not hasattr(backend, "quantizer")
     for name, tensor in checkpoint.tensors.items():
         choice = selection.choices[name]
         reason = REASONS[choice.role]
         if choice.role == "tied head":
-            yield _Draft(TensorFate(tensor, "drop", reason, choice.component, None, ()), (), ())
+            yield _Draft(TensorFate(tensor, "drop", reason, choice.component, None, ()), (), (), choice.layer)
             continue
         if choice.role not in ("linear", "experts"):
             group = ((name, tensor.dtype, tensor.shape),)
             fate = TensorFate(tensor, "copy", reason, choice.component, choice.layer, (name,))
-            yield _Draft(fate, (_Block(0, ()),), (group,))
+            yield _Draft(fate, (_Block(0, ()),), (group,), choice.layer)
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise SourceError(
@@ -253,9 +423,8 @@ def _draft(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> It
                 specs = backend.outputs(tensor.dtype, rows, columns)
                 groups.append(tuple((f"{module}.{spec.suffix}", spec.dtype, spec.shape) for spec in specs))
         names = tuple(output for group in groups for output, _, _ in group)
-        yield _Draft(
-            TensorFate(tensor, "quantize", reason, choice.component, choice.layer, names), tuple(blocks), tuple(groups)
-        )
+        fate = TensorFate(tensor, "quantize", reason, choice.component, choice.layer, names)
+        yield _Draft(fate, tuple(blocks), tuple(groups), choice.layer, made=calibrated)
 
 
 def _expert_blocks(tensor: Tensor, block: str, kind: str, layout: ExpertLayout) -> Iterator[_Block]:
@@ -313,7 +482,7 @@ def _nbytes(dtype: str, shape: Iterable[int]) -> int:
     return count
 
 
-def _cut(checkpoint: Checkpoint, drafts: list[_Draft], outputs: dict[str, OutputTensor]) -> Iterator[Piece]:
+def _cut(drafts: list[_Draft], outputs: dict[str, OutputTensor]) -> Iterator[Piece]:
     """Cut the work into pieces of about PIECE_BYTES, in file order, and number their units."""
     unit, written = 0, 0
     for draft in drafts:
@@ -322,10 +491,38 @@ def _cut(checkpoint: Checkpoint, drafts: list[_Draft], outputs: dict[str, Output
             if written and written + size > UNIT_BYTES:
                 unit, written = unit + 1, 0
             written += size
-            yield Piece(unit, *(getattr(piece, field) for field in Piece.__slots__[1:]))
+            yield _in_unit(piece, unit)
+
+
+def _in_unit(piece: Piece, unit: int) -> Piece:
+    return Piece(unit, *(getattr(piece, field) for field in Piece.__slots__[1:]))
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    backend: Backend,
+    drafts: list[_Draft],
+    outputs: dict[str, OutputTensor],
+    first: int,
+) -> Iterator[LayerUnit]:
+    """The decoder layers as units, numbered from `first`."""
+    by_layer: dict[int, list[_Draft]] = defaultdict(list)
+    for draft in drafts:
+        assert draft.layer is not None
+        by_layer[draft.layer].append(draft)
+    for index in sorted(by_layer):
+        unit = first + index
+        pieces = [_in_unit(p, unit) for d in by_layer[index] if not d.made for p in _pieces_of(d, outputs)]
+        made = tuple(name for d in by_layer[index] if d.made for group in d.groups for name, _, _ in group)
+        tensors = tuple(d.fate.tensor for d in by_layer[index] if d.fate is not None)
+        label = f"{selection.stack}.{index}" if selection.stack else str(index)
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        yield LayerUnit(unit, index, label, tensors, nbytes, tuple(pieces), made)
 
 
 def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piece]:
+    assert draft.fate is not None
     fate, tensor = draft.fate, draft.fate.tensor
     label = fate.component if fate.layer is None else f"{fate.component}.{fate.layer}"
     width = DTYPE_BYTES[tensor.dtype]
@@ -387,16 +584,22 @@ def _quantized_writes(
 
 
 def _check_accounts(
-    checkpoint: Checkpoint, fates: dict[str, TensorFate], outputs: dict[str, OutputTensor], pieces: tuple[Piece, ...]
+    checkpoint: Checkpoint,
+    fates: dict[str, TensorFate],
+    outputs: dict[str, OutputTensor],
+    pieces: tuple[Piece, ...],
+    layers: tuple[LayerUnit, ...],
 ) -> None:
     """Every source tensor has a fate, every output byte one writer. A failure here is a mistake of this program."""
     for name in checkpoint.tensors:
         if name not in fates:
             raise SourceError(f"{name}: no fate was found for this tensor; please report it")
     written: dict[str, int] = defaultdict(int)
-    for piece in pieces:
+    for piece in (*pieces, *(piece for layer in layers for piece in layer.pieces)):
         for write in piece.writes:
             written[write.tensor] += write.nbytes
+    for name in (name for layer in layers for name in layer.made):
+        written[name] += outputs[name].nbytes
     for name, output in outputs.items():
         if written[name] != output.nbytes:
             raise SourceError(f"{name}: {written[name]} of {output.nbytes} bytes have a source; please report it")
@@ -415,7 +618,8 @@ def _check_ignore(
             if linear or (role == "ignored" and len(output.shape) == 2):
                 linears[name.removesuffix(".weight")] = output.dtype
     modules = {name.rpartition(".")[0] for name in outputs} | set(selection.kept_linears)
-    problems = IgnoreList(backend.config_section(selection)["ignore"]).problems(linears, modules)
+    section = backend.config_section(selection)
+    problems = IgnoreList(section["ignore"], section["quant_method"]).problems(linears, modules)
     if problems:
         raise SourceError(f"{problems[0]} (and {len(problems) - 1} more); please report it with the plan's --json")
 
@@ -431,7 +635,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     hub's commit names its content.
     """
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    asked = recipe.model_dump(include={"backend", "scheme", "kv_cache", "ignore", "calibration", "backend_options"})
+    asked = recipe.model_dump(include={"backend", "scheme", "kv_cache", "ignore", "backend_options"})
     found: dict[str, Any] = {"pipeline": __version__, **asked, "shard_size": recipe.shard_bytes}
     on_hub = checkpoint.revision is not None
     found["source"] = checkpoint.label if on_hub else str(checkpoint.root.resolve())
@@ -442,10 +646,18 @@ def _identity(plan: Plan) -> dict[str, Any]:
     for name in checkpoint.sidecars:
         status = (checkpoint.root / name).stat()
         found[f"source.{name}"] = [status.st_size, 0 if on_hub else status.st_mtime_ns]
-    dtypes = {piece.dtype for piece in plan.pieces if piece.kind == "quantize"}
+    dtypes = {fate.tensor.dtype for fate in plan.fates.values() if fate.fate == "quantize"}
     found.update((f"library.{name}", version) for name, version in plan.backend.versions(dtypes).items())
     found["layout"] = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
     found["units"] = [PIECE_BYTES, UNIT_BYTES]
+    if plan.calibration is not None:  # what decides the bits of activations
+        asked = recipe.calibration.model_dump(exclude={"captions"}) if recipe.calibration else {}
+        found.update((f"calibration.{key}", value) for key, value in asked.items())
+        found["calibration.batches"] = plan.calibration.batches.digest
+        found["calibration.batch_tokens"] = BATCH_TOKENS
+        found["device"] = plan.calibration.device.name
+        if plan.calibration.device.kind == "cpu":
+            found["threads"] = plan.threads
     return found
 
 

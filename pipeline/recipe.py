@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from pipeline.errors import UsageError
 
@@ -40,11 +50,22 @@ class Model(Section):
 class Calibration(Section):
     """The text that ranges are measured on."""
 
-    captions: str = Field("coco2017", description="coco2017, embedded, or a path to COCO annotations, .jsonl or .txt.")
+    captions: str = Field(
+        "coco2017",
+        description="coco2017; embedded (a few hundred, for trying out); a path to .json (COCO annotations), .jsonl or "
+        ".txt, or to a directory (built by calib_data, or for the datasets library); or a hub id (org/name).",
+    )
     samples: int = Field(4096, ge=1)
+    per_image: int | None = Field(1, ge=1, description="At most so many captions of one image; null: no limit.")
     max_length: int = Field(512, ge=1, description="Tokens; longer captions are cut.")
     template: Literal["raw", "chat"] = "raw"
     seed: int = Field(0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _keep_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A null limit is no default: `recipe_yaml` leaves nulls out, and would read back another recipe."""
+        made: dict[str, Any] = write(self)
+        return made if self.per_image is not None else {**made, "per_image": None}
 
 
 class Quality(Section):
@@ -55,12 +76,31 @@ class Quality(Section):
     min_top1: float | None = Field(None, gt=0, le=1)
 
 
-class Runtime(Section):
-    """Where and how it runs; nothing here changes a byte of the weights of the data-free path."""
+class ModelOptOptions(Section):
+    """``backend_options`` of ModelOpt."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    exact: bool = Field(False, description="ModelOpt's own bits, names and configs instead of those made for serving.")
+    balance: bool = Field(
+        True, description="Balance q/k/v and gate/up by exact powers of two where a shared scale would cost precision."
+    )
+
+
+class NoOptions(Section):
+    """``backend_options`` of a backend that has none."""
+
+
+class Runtime(Section):
+    """Where and how it runs; nothing here changes a byte of the weights of the data-free path.
+
+    A calibrated run's activations depend on the device, and on a CPU on the number of threads.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What layers run on while calibrating.")
     threads: int | None = Field(
         None, ge=1, le=256, description="Quantizing threads; null: as many as cores, 8 at most."
+    )
+    hidden_states: Literal["auto", "device", "host", "file"] = Field(
+        "auto", description="Where hidden states wait between two layers: the GPU, (pinned) memory, or a file."
     )
     work_directory: str | None = Field(None, description="Where scratch files go; null: beside the output.")
     vllm_python: str | None = Field(None, description="The Python of vLLM's own environment.")
@@ -78,7 +118,6 @@ class Common(Section):
     )
     calibration: Calibration | None = None
     shard_size: str = Field("5GB", description="Upper bound of an output shard, e.g. 5GB or 500MB.")
-    backend_options: dict[str, bool | int | float | str] = {}
     verify: Literal["structure", "load", "generate"] = "load"
     quality: Quality = Quality()
     serve: dict[str, Any] = Field({}, description="What the serving profile should say.")
@@ -119,6 +158,7 @@ class ModelOptRecipe(Common):
 
     backend: Literal["modelopt"]
     scheme: Literal["fp8", "none"]
+    backend_options: ModelOptOptions = ModelOptOptions()
 
 
 class LLMCompressorRecipe(Common):
@@ -126,6 +166,7 @@ class LLMCompressorRecipe(Common):
 
     backend: Literal["llmcompressor"]
     scheme: Literal["fp8_dynamic", "none"]
+    backend_options: NoOptions = NoOptions()
 
 
 Recipe = ModelOptRecipe | LLMCompressorRecipe
@@ -304,7 +345,7 @@ def parse(text: str, file: str = "recipe.yaml", overrides: Sequence[str] = ()) -
     except ValidationError as error:
         details = _details(error)
         if details[0]["type"].startswith("union_tag"):  # the rest was not looked at: do it without the tag
-            rest = {key: value for key, value in document.data.items() if key not in ("backend", "scheme")}
+            rest = {key: value for key, value in document.data.items() if key not in ("backend", "scheme", "backend_options")}
             details += _mistakes(Common, rest)
         problems += [_explain(document, file, detail) for detail in details]
     problems += _contradictions(document, file)
@@ -438,6 +479,8 @@ def _nearest(document: Document, path: tuple[str | int, ...], file: str) -> Plac
 
 def _suggest(document: Document, path: tuple[str | int, ...]) -> str:
     fields = sorted(_fields(document, path[:-1]))
+    if not fields:
+        return f"{document.data.get('backend')} has none; leave it out"
     close = difflib.get_close_matches(str(path[-1]), fields, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"
@@ -466,8 +509,6 @@ def _contradictions(document: Document, file: str) -> list[tuple[Place, str]]:
     needs = [f"{key}: {value}" for key, value in (("scheme", scheme), ("kv_cache", kv_cache)) if value == "fp8"]
     if needs and data.get("calibration") is None:
         problem("calibration", f"this key is missing; {' and '.join(needs)} need it (or set kv_cache: none)")
-    if data.get("backend") == "llmcompressor" and data.get("backend_options"):
-        problem("backend_options", "llmcompressor has none; leave it out")
     return found
 
 
@@ -491,10 +532,8 @@ def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:
 def not_yet_built(recipe: Recipe) -> list[str]:
     """The parts of a valid recipe that this version cannot carry out, one sentence each."""
     missing = []
-    if recipe.kv_cache == "fp8":
-        missing.append("kv_cache: fp8 needs the calibrated path, which is not built yet; set kv_cache: none")
-    if recipe.scheme != "fp8_dynamic":
-        missing.append(f"scheme: {recipe.scheme} of backend {recipe.backend} is not built yet; fp8_dynamic is")
+    if recipe.scheme == "none":
+        missing.append("scheme: none (KV scales alone) is not built yet; name a BF16 checkpoint and a scheme")
     if recipe.quality != Quality():
         missing.append("quality: gates are not built yet; leave the section out")
     if recipe.serve:

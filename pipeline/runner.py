@@ -1,4 +1,4 @@
-"""A run from top to bottom: plan → stream → seal → verify → publish."""
+"""A run from top to bottom: plan → stream → layers → seal → verify → publish."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
+from pipeline.calibration.hidden import clear_scratch
+from pipeline.calibration.layers import Calibrated, run_layers
 from pipeline.checkpoint import hub, sidecars
 from pipeline.checkpoint.writer import lost_shards, publish, sync_all, sync_directory, write_file
 from pipeline.errors import Interrupted, PipelineError, UsageError, explain_os_error
 from pipeline.events import EventLog, layer_timings, peak_rss_bytes, read_events
 from pipeline.journal import LOCK, Journal, discard, read_identity
 from pipeline.plan import Plan, check_disk, differences, make_plan, size_text
+from pipeline.report import calibration as calibration_report
 from pipeline.serving.verify import Report, check_structure
 from pipeline.stream import Totals, run_stream, take_back_lost_units
 
@@ -43,6 +46,8 @@ class Outcome:
         layers: timings, slowest first.
         totals: of this process; zero where all was done before.
         report: of the verification; None if `already`.
+        calibrated: what this process read and ran of the layers; None without calibration.
+        findings: what the ranges say, for a careful user.
     """
 
     output: Path
@@ -50,6 +55,8 @@ class Outcome:
     layers: list[dict[str, Any]]
     totals: Totals
     report: Report | None
+    calibrated: Calibrated | None = None
+    findings: tuple[str, ...] = ()
 
 
 def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
@@ -70,13 +77,15 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
             return Outcome(output, True, _layers(output), Totals(), None)
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
+            clear_scratch(plan, partial)
         console.show_plan(plan)
         journal = _work(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
                 discard(partial)
                 return Outcome(output, True, _layers(output), Totals(), None)
-            totals, report = _convert(plan, journal, console, stop)
+            totals, report, calibrated = _convert(plan, journal, console, stop)
+            findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
             _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
             exchanged = _work(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
@@ -85,7 +94,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
                 discard(partial)  # the result that --fresh replaces
         finally:
             journal.close()
-    return Outcome(output, False, _layers(output), totals, report)
+    return Outcome(output, False, _layers(output), totals, report, calibrated, findings)
 
 
 def places(recipe: Recipe) -> tuple[Path, Path]:
@@ -113,7 +122,9 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
     return False
 
 
-def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tuple[Totals, Report]:
+def _convert(
+    plan: Plan, journal: Journal, console: Console, stop: Stop
+) -> tuple[Totals, Report, Calibrated | None]:
     partial = journal.partial
     log = EventLog(partial / "quantize" / "events.jsonl")
     try:
@@ -122,18 +133,22 @@ def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tupl
         resumed = len(journal.done)
         log.write("run", pid=os.getpid(), units=plan.units, done=resumed, identity=plan.identity)
         if 0 < resumed < plan.units:
-            redone = next(unit for unit in range(plan.units) if unit not in journal.done)
-            again = sum(piece.result_nbytes for piece in plan.pieces if piece.unit == redone)
+            again = _written_again(plan, journal)
             console.say(
                 f"going on after {resumed} of {plan.units} finished units; at most {size_text(again)} are written again"
             )
             log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
-        with console.progress(plan, journal) as on_piece, stop.deferred():
-            totals = _work(
-                f"streaming into {partial}", lambda: run_stream(plan, journal, log, stop.requested, on_piece)
-            )
+        calibrated: Calibrated | None = None
+        with console.progress(plan, journal) as on_progress, stop.deferred():
+            doing = f"streaming into {partial}"
+            totals = _work(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
+            if stop.requested.is_set() and len(journal.done) < plan.units:
+                raise Interrupted("interrupted")
+            if plan.calibration is not None:
+                calibrated = _work(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress, totals))
+        clear_scratch(plan, partial)
         log.write("streamed", **vars(totals), peak_rss_bytes=peak_rss_bytes())
-        _work(f"writing to {partial}", lambda: _seal(plan, partial, log))
+        _work(f"writing to {partial}", lambda: _seal(plan, journal, log))
         report = check_structure(partial, plan.checkpoint)
         report.checkpoint = Path(plan.recipe.output).name  # as it will be called
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
@@ -151,22 +166,33 @@ def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tupl
         ) from None
     finally:
         log.close()
-    return totals, report
+    return totals, report, calibrated
+
+
+def _written_again(plan: Plan, journal: Journal) -> int:
+    """Upper bound of the bytes that a resumed run writes once more: those of the first unit that is not done."""
+    redone = next(unit for unit in range(plan.units) if unit not in journal.done)
+    if redone < plan.piece_units:
+        return sum(piece.result_nbytes for piece in plan.pieces if piece.unit == redone)
+    return plan.layers[redone - plan.piece_units].result_nbytes(plan.outputs)
 
 
 # --- seal --------------------------------------------------------------------------------------------
 
 
-def _seal(plan: Plan, partial: Path, log: EventLog) -> None:
+def _seal(plan: Plan, journal: Journal, log: EventLog) -> None:
     """Everything beside the weights; config.json and the index last, so that nothing looks whole before it is."""
     from pipeline.recipe import recipe_yaml
     from pipeline.report.card import model_card
 
+    partial = journal.partial
     sidecars.carry_files(plan.checkpoint, partial)
-    write_file(partial / "README.md", model_card(plan).encode())
+    write_file(partial / "README.md", model_card(plan, calibration_report.findings(plan, journal)).encode())
     write_file(partial / "quantize" / "recipe.yaml", recipe_yaml(plan.recipe).encode())
     write_file(partial / "quantize" / "versions.json", _json(_versions()))
     write_file(partial / "quantize" / "layers.json", _json(_layers(partial)))
+    if plan.calibration is not None:
+        write_file(partial / "quantize" / "calibration.json", _json(calibration_report.as_json(plan, journal)))
     sidecars.write_config(plan, partial)
     sidecars.write_index(plan, partial)
     sync_all(path for path in partial.rglob("*") if path.is_file())

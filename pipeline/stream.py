@@ -12,12 +12,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
+from pipeline.backends.base import DataFreeBackend
 from pipeline.backends.fp8 import NonFiniteWeight, check_finite, transpose
-from pipeline.checkpoint.source import DTYPE_BYTES, Shard, SourceError
+from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
+from pipeline.checkpoint.source import DTYPE_BYTES, SourceError
 from pipeline.checkpoint.writer import ShardWriter, lost_shards
 from pipeline.errors import Interrupted
 from pipeline.events import EventLog, rss_bytes
@@ -25,6 +28,7 @@ from pipeline.journal import Digest, Journal
 from pipeline.plan import Piece, Plan
 
 Span = tuple[float, float]
+READ_AHEAD_BYTES = 64 << 20
 
 
 @dataclass
@@ -54,6 +58,10 @@ def take_back_lost_units(plan: Plan, journal: Journal) -> list[str]:
     """Forget finished units whose shard is missing or short, e.g. after a power cut; returns those shards' names."""
     lost = lost_shards(journal.partial, plan.shards)
     gone = {p.unit for p in plan.pieces if p.unit in journal.done and any(w.shard in lost for w in p.writes)}
+    for layer in plan.layers:
+        shards = {w.shard for p in layer.pieces for w in p.writes} | {plan.outputs[name].shard for name in layer.made}
+        if layer.unit in journal.done and shards & lost:
+            gone.add(layer.unit)
     journal.forget(gone)
     return [plan.shards[index].name for index in sorted(lost)] if gone else []
 
@@ -63,7 +71,7 @@ def run_stream(
     journal: Journal,
     log: EventLog,
     stop: threading.Event,
-    on_piece: Callable[[Piece], None],
+    on_progress: Callable[[str, int], None],
 ) -> Totals:
     """Fill in the output shards, unit by unit, from the first unit that the journal has not.
 
@@ -72,7 +80,7 @@ def run_stream(
         journal: open; finished units are skipped and new ones recorded.
         log: gets a ``piece`` event a piece and a ``unit`` event a unit.
         stop: when set, the unit under way is finished and `Interrupted` raised.
-        on_piece: called by the writing thread after each piece.
+        on_progress: called by the writing thread after each piece, with a label and the bytes read.
 
     Raises:
         SourceError: a weight is not finite, or a file changed or ended early.
@@ -86,14 +94,13 @@ def run_stream(
     failed = threading.Event()
     slots = threading.Semaphore(plan.in_flight)
     ordered: queue.SimpleQueue[Future[Result] | BaseException | None] = queue.SimpleQueue()
-    buffers = _Buffers(plan)
-    compute = _Compute(plan, buffers)
+    compute = Compute(plan, plan.pieces)
 
     def read_ahead() -> None:
         files: dict[int, int] = {}
         try:
             unit = todo[0].unit
-            for position, piece in enumerate(todo):
+            for piece in todo:
                 if piece.unit != unit and stop.is_set():
                     break
                 unit = piece.unit
@@ -103,11 +110,13 @@ def run_stream(
                 if piece.shard not in files:
                     for file in files.values():
                         os.close(file)
-                    files = {piece.shard: _open_shard(plan, piece.shard)}
+                    files = {piece.shard: open_shard(plan.checkpoint.shards[piece.shard])}
                 begin = time.time()
-                _announce(files[piece.shard], todo, position, plan)
-                buffer = buffers.take()
-                _read_piece(files[piece.shard], piece, plan, memoryview(buffer)[: piece.nbytes])
+                file = files[piece.shard]
+                announce(file, piece.offset + piece.nbytes, READ_AHEAD_BYTES)
+                buffer = compute.take()
+                shard = plan.checkpoint.shards[piece.shard]
+                read_exactly(file, shard, piece.tensor, piece.offset, memoryview(buffer)[: piece.nbytes])
                 ordered.put(pool.submit(compute, piece, buffer, (begin, time.time())))
             ordered.put(None)
         except BaseException as error:
@@ -123,14 +132,14 @@ def run_stream(
         reader = threading.Thread(target=read_ahead, name="read", daemon=True)
         reader.start()
         try:
-            _write_behind(plan, ordered, slots, buffers, writer, journal, log, totals, on_piece)
+            _write_behind(plan, ordered, slots, compute, writer, journal, log, totals, on_progress)
         finally:
             failed.set()
             for _ in range(2):
                 slots.release()
             reader.join()
     totals.seconds = time.perf_counter() - begun
-    if len(journal.done) < plan.units:
+    if any(piece.unit not in journal.done for piece in plan.pieces):
         raise Interrupted("interrupted")
     return totals
 
@@ -139,12 +148,12 @@ def _write_behind(
     plan: Plan,
     ordered: queue.SimpleQueue[Future[Result] | BaseException | None],
     slots: threading.Semaphore,
-    buffers: _Buffers,
+    compute: Compute,
     writer: ShardWriter,
     journal: Journal,
     log: EventLog,
     totals: Totals,
-    on_piece: Callable[[Piece], None],
+    on_progress: Callable[[str, int], None],
 ) -> None:
     """Write results in order; at each unit's end flush, then record it."""
     unit: int | None = None
@@ -155,7 +164,7 @@ def _write_behind(
         begin = time.time()
         writer.flush()
         for shard in read_from:
-            _refuse_changed(plan.checkpoint.shards[shard])
+            refuse_changed(plan.checkpoint.shards[shard])
         read_from.clear()
         journal.finish(number, list(digests))
         log.write("unit", unit=number, bytes=sum(d.nbytes for d in digests), flush=[begin, time.time()])
@@ -189,18 +198,23 @@ def _write_behind(
             bytes_written=piece.result_nbytes,
             rss_bytes=rss_bytes(),
         )
-        buffers.give_back(result.buffers)
+        compute.give_back(result.buffers)
         slots.release()
-        on_piece(piece)
+        on_progress(piece.label, piece.nbytes)
     if unit is not None:
         finish(unit)
 
 
-class _Buffers:
-    """Reused memory: fresh pages for every piece would cost a page fault each 4 KiB."""
+class Compute:
+    """What a quantizing thread does with a piece, and the memory that it does it in.
 
-    def __init__(self, plan: Plan) -> None:
-        self._size = max(max(piece.nbytes, piece.result_nbytes) for piece in plan.pieces)
+    Buffers are reused: fresh pages for every piece would cost a page fault each 4 KiB.
+    """
+
+    def __init__(self, plan: Plan, pieces: Sequence[Piece]) -> None:
+        dtypes = {piece.dtype for piece in pieces if piece.kind == "quantize"}
+        self._quantizers = {dtype: cast(DataFreeBackend, plan.backend).quantizer(dtype) for dtype in dtypes}
+        self._size = max((max(piece.nbytes, piece.result_nbytes) for piece in pieces), default=0)
         self._free: list[bytearray] = []  # list.append and list.pop are atomic
 
     def take(self) -> bytearray:
@@ -214,29 +228,31 @@ class _Buffers:
         """These may be used again."""
         self._free.extend(buffers)
 
-
-class _Compute:
-    """What a quantizing thread does with a piece."""
-
-    def __init__(self, plan: Plan, buffers: _Buffers) -> None:
-        dtypes = {piece.dtype for piece in plan.pieces if piece.kind == "quantize"}
-        self._quantizers = {dtype: plan.backend.quantizer(dtype) for dtype in dtypes}
-        self._buffers = buffers
-
     def __call__(self, piece: Piece, buffer: bytearray, read: Span) -> Result:
-        begin, used = time.time(), [buffer]
+        """A piece that was read into `buffer`, with its hashes and times."""
+        begin = time.time()
+        data, used = self.result(piece, memoryview(buffer)[: piece.nbytes])
+        digests = [
+            Digest(w.tensor, w.offset, w.nbytes, hashlib.sha256(data[w.start : w.start + w.nbytes]).hexdigest())
+            for w in piece.writes
+        ]
+        thread = threading.current_thread().name
+        return Result(piece, data, [buffer, *used], digests, read, (begin, time.time()), thread)
+
+    def result(self, piece: Piece, data: memoryview) -> tuple[memoryview, list[bytearray]]:
+        """A piece's result, from its bytes, and the buffers that hold it until they are given back.
+
+        Raises:
+            SourceError: a weight is not finite.
+        """
+        used: list[bytearray] = []
         try:
-            data = self._result(piece, memoryview(buffer)[: piece.nbytes], used)
+            return self._result(piece, data, used), used
         except NonFiniteWeight as error:
             row = "" if error.row is None else f" in row {piece.first_row + error.row}"
             raise SourceError(
                 f"{piece.tensor}: NaN or Inf{row}; the checkpoint is damaged or the training diverged, use a sound one"
             ) from None
-        digests = [
-            Digest(w.tensor, w.offset, w.nbytes, hashlib.sha256(data[w.start : w.start + w.nbytes]).hexdigest())
-            for w in piece.writes
-        ]
-        return Result(piece, data, used, digests, read, (begin, time.time()), threading.current_thread().name)
 
     def _result(self, piece: Piece, data: memoryview, used: list[bytearray]) -> memoryview:
         if piece.kind == "copy":
@@ -245,63 +261,12 @@ class _Compute:
             return data
         width = DTYPE_BYTES[piece.dtype]
         if piece.transposed:
-            used.append(self._buffers.take())
+            used.append(self.take())
             turned = memoryview(used[-1])[: piece.nbytes]
             transpose(data, turned, piece.columns, piece.rows, width)
             data = turned
-        used.append(self._buffers.take())
+        used.append(self.take())
         result = memoryview(used[-1])[: piece.result_nbytes]
         scales, codes = result[: piece.rows * width], result[piece.rows * width :]
         self._quantizers[piece.dtype](data, codes, scales, piece.rows, piece.columns)
         return result
-
-
-# --- reading -----------------------------------------------------------------------------------------
-
-READ_AHEAD_BYTES = 64 << 20
-
-
-def _open_shard(plan: Plan, index: int) -> int:
-    shard = plan.checkpoint.shards[index]
-    assert shard.path is not None, "a run resolves its source with all shards present"
-    _refuse_changed(shard)
-    try:
-        file = os.open(shard.path, os.O_RDONLY)
-    except OSError as error:
-        raise SourceError(f"{shard.path}: cannot be opened any more: {error.strerror}") from None
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return file
-
-
-def _refuse_changed(shard: Shard) -> None:
-    """Before a shard is read, and again before what was read of it is recorded as done."""
-    assert shard.path is not None
-    try:
-        status = os.stat(shard.path)
-    except OSError as error:
-        raise SourceError(f"{shard.path}: it is gone: {error.strerror}; restore it, then run again") from None
-    if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
-        raise SourceError(
-            f"{shard.path}: the file changed since the plan was made; let it settle, then start over with --fresh"
-        )
-
-
-def _announce(file: int, todo: list[Piece], position: int, plan: Plan) -> None:
-    """Ask the kernel for what comes next in this shard, so that the drive never waits for this thread."""
-    piece = todo[position]
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, piece.offset + piece.nbytes, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-
-
-def _read_piece(file: int, piece: Piece, plan: Plan, into: memoryview) -> None:
-    offset = piece.offset
-    path = plan.checkpoint.shards[piece.shard].path
-    while into:
-        try:
-            count = os.preadv(file, [into], offset)
-        except OSError as error:
-            raise SourceError(f"{path}: reading {piece.tensor} failed: {error.strerror}; check the drive") from None
-        if count == 0:
-            raise SourceError(f"{path}: the file ends at byte {offset:,}, inside {piece.tensor}; fetch it again")
-        into, offset = into[count:], offset + count

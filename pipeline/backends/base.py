@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pipeline.backends.fp8 import Buffer
+from pipeline.errors import PipelineError
 from pipeline.model.selection import Selection
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.source import Checkpoint
+    from pipeline.model.skeleton import Layer, Skeleton
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor that a quantized module becomes: what follows the module's name, dtype, and shape."""
+    """A tensor that a module becomes: what follows the module's name, dtype, and shape."""
 
     suffix: str
     dtype: str
@@ -20,19 +25,85 @@ class Output:
 
 
 class Backend(Protocol):
-    """A quantization scheme whose weights need no data. Calibrated schemes will add how ranges are collected."""
+    """A quantization scheme."""
 
     name: str
     scheme: str
 
-    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, Output]:
-        """The codes and the scales of a ``rows x columns`` weight of `dtype`."""
-
-    def quantizer(self, dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], None]:
-        """``f(source, codes, scales, rows, columns)``, safe to call from several threads at once."""
+    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, ...]:
+        """The tensors that a ``rows x columns`` weight of `dtype` becomes, the codes first."""
 
     def config_section(self, selection: Selection) -> dict[str, Any]:
         """The ``quantization_config`` of the result's config.json."""
 
+    def extra_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
+        """JSON files that the scheme has beside config.json, by name; config.json itself, where it is not the source's."""
+
     def versions(self, dtypes: set[str]) -> dict[str, str]:
         """The libraries that decide the bits of weights of these dtypes, for a run's identity."""
+
+
+class DataFreeBackend(Backend, Protocol):
+    """A scheme whose weights need no data: codes and one scale a row, from the rows alone."""
+
+    def quantizer(self, dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], None]:
+        """``f(source, codes, scales, rows, columns)``, safe to call from several threads at once."""
+
+
+@runtime_checkable
+class CalibratedBackend(Backend, Protocol):
+    """A scheme that sees every decoder layer run before it says what the layer becomes."""
+
+    def attention_outputs(self) -> tuple[Output, ...]:
+        """What every attention layer gets besides, suffixes counted from the attention's prefix."""
+
+    def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
+        """Put observers into a model without weights."""
+
+    def calibrate(self, layer: Layer, forward: Callable[[], None]) -> Ranges:
+        """Collect the ranges of a loaded layer.
+
+        Args:
+            layer: loaded; what it computes must not change by a bit.
+            forward: runs every batch through it once.
+        """
+
+    def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
+        """What the layer becomes.
+
+        Returns:
+            By output tensor name, torch tensors on the CPU; source tensors that stay as they are may be left out.
+
+        Raises:
+            CalibrationError: a scale is not finite and positive.
+        """
+
+
+@dataclass
+class Ranges:
+    """What was seen of one layer, for the report.
+
+    Attributes:
+        attention: largest magnitude of keys, values and queries: ``k``, ``v``, ``q``.
+        tokens_of_experts: for each block of experts, how many tokens each was given.
+        balanced: what was scaled by a power of two: (modules, modules against it, exponent).
+        notes: sentences about this layer that a careful user should read.
+    """
+
+    attention: dict[str, float] = field(default_factory=dict)
+    tokens_of_experts: dict[str, list[int]] = field(default_factory=dict)
+    balanced: list[tuple[str, str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, as the journal and quantize/calibration.json hold it."""
+        return {
+            "attention": self.attention,
+            "tokens_of_experts": self.tokens_of_experts,
+            "balanced": [list(entry) for entry in self.balanced],
+            "notes": self.notes,
+        }
+
+
+class CalibrationError(PipelineError):
+    """A layer's ranges give no usable scale."""

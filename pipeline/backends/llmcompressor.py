@@ -1,7 +1,9 @@
 """llm-compressor's FP8_DYNAMIC: E4M3 weights with a scale a row; activations are scaled per token while serving.
 
 The bits, names and the config section are those of llm-compressor 0.13.0's ``oneshot`` and
-``save_pretrained`` (tests/test_equal_llmcompressor.py compares them).
+``save_pretrained`` (tests/test_equal_llmcompressor.py compares them). With KV scales the weights are the same; the
+scales come from the largest key, value and query of all batches, where llm-compressor's default observer keeps the
+last batch only.
 """
 
 from __future__ import annotations
@@ -9,11 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.backends.base import Output
+from pipeline.backends.base import CalibrationError, Output, Ranges
 from pipeline.backends.fp8 import Buffer, row_quantizer
+from pipeline.calibration.scales import SCALE_NAMES, cache_scale, usable
 from pipeline.model.selection import Selection
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.source import Checkpoint
+    from pipeline.model.skeleton import Layer, Skeleton
 
 _ARGUMENTS: dict[str, Any] = {
     "actorder": None,
@@ -61,6 +68,10 @@ class FP8Dynamic:
             "version": version("compressed-tensors"),
         }
 
+    def extra_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
+        """None: compressed-tensors has everything in config.json."""
+        return {}
+
     @staticmethod
     def groups() -> dict[str, dict[str, Any]]:
         """The ``config_groups``: which modules, and how weights and activations are quantized."""
@@ -80,6 +91,75 @@ class FP8Dynamic:
         if dtypes - {"BF16"}:
             found["torch"] = version("torch")
         return found
+
+
+class FP8DynamicKV(FP8Dynamic):
+    """The same weights, and calibrated KV scales."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, list[Any]] = {}  # attention module to largest key, value and query so far
+
+    def attention_outputs(self) -> tuple[Output, ...]:
+        """One scale each for keys, values and queries, BF16 of shape (1,), as compressed-tensors holds them."""
+        names = SCALE_NAMES["compressed-tensors"]
+        return tuple(Output(name, "BF16", names.shape) for name in names.names.values())
+
+    def config_section(self, selection: Selection) -> dict[str, Any]:
+        """With the ``kv_cache_scheme`` that makes vLLM use the scales."""
+        scheme = {**_ARGUMENTS, "dynamic": False, "observer": "static_minmax", "strategy": "tensor"}
+        return {**super().config_section(selection), "kv_cache_scheme": scheme}
+
+    def versions(self, dtypes: set[str]) -> dict[str, str]:
+        """transformers and torch make the activations."""
+        return {**super().versions(dtypes), "torch": version("torch"), "transformers": version("transformers")}
+
+    def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
+        """Register an attention function that looks at keys, values and queries, then hands on to sdpa's."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def looking(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            import torch
+
+            found = [states.detach().abs().amax() for states in (key, value, query)]
+            before = self._seen.get(module)
+            self._seen[module] = found if before is None else [torch.maximum(a, b) for a, b in zip(before, found)]
+            return inner(module, query, key, value, *args, **kwargs)
+
+        AttentionInterface.register("pipeline_ranges", looking)
+        AttentionMaskInterface.register("pipeline_ranges", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        skeleton.model.set_attn_implementation("pipeline_ranges")
+
+    def calibrate(self, layer: Layer, forward: Callable[[], None]) -> Ranges:
+        """The running maximum over all batches; torch.maximum hands NaN on, so that it is found."""
+        forward()
+        ranges = Ranges()
+        for module in layer.module.modules():
+            if module in self._seen:
+                found = [float(value.item()) for value in self._seen.pop(module)]
+                ranges.attention = dict(zip("kvq", found, strict=True))
+        return ranges
+
+    def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
+        """The KV scales alone: weights need no data."""
+        import torch
+
+        if layer.attention is None:
+            return {}
+        names, made = SCALE_NAMES["compressed-tensors"], {}
+        for key, word in (("k", "keys"), ("v", "values"), ("q", "queries")):
+            amax = ranges.attention.get(key)
+            if amax is None or not usable(amax):
+                raise CalibrationError(
+                    f"{layer.attention}: the {word} reach {amax}, which gives no scale for the KV cache; is the "
+                    "checkpoint damaged? Set kv_cache: none to leave it in BF16"
+                )
+            scale = torch.full(names.shape, cache_scale(amax), dtype=torch.bfloat16)
+            made[f"{layer.attention}.{names.names[key]}"] = scale
+        return made
 
 
 def _patterns(selection: Selection) -> list[str]:

@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from typing import Any, Literal
 
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor
@@ -427,6 +427,15 @@ def quantizable_modules(
     return modules
 
 
+def attention_prefix(tensors: Iterable[str], layer: str) -> str | None:
+    """The prefix of a layer's attention: the owner of its key projection, ``model.layers.3.self_attn``."""
+    for name in tensors:
+        found = re.match(rf"({re.escape(layer)}\.[^.]+)\.(k_proj|qkv_proj)\.weight$", name)
+        if found:
+            return found[1]
+    return None
+
+
 # --- ignore ------------------------------------------------------------------------------------------
 
 
@@ -495,20 +504,31 @@ def _kept_linears(checkpoint: Checkpoint, choices: dict[str, Choice], modules: d
 
 
 class IgnoreList:
-    """The ``ignore`` of a quantization_config, as compressed-tensors and vLLM match it.
+    """The ``ignore`` of a quantization_config, as vLLM matches it.
 
-    An entry is a module's name, or ``re:`` with a regular expression matched from the start of the name.
+    An entry is a module's name, or ``re:`` with a regular expression matched from the start of the name; with
+    ModelOpt's method it may be a glob instead.
+
+    Args:
+        entries: the list.
+        method: the config's ``quant_method``.
 
     Raises:
         ValueError: an entry is no text, or no regular expression.
     """
 
-    def __init__(self, entries: Iterable[object]) -> None:
+    def __init__(self, entries: Iterable[object], method: str = "compressed-tensors") -> None:
         self._literals: set[str] = set()
         self._patterns: dict[str, re.Pattern[str]] = {}
         for entry in entries:
             if not isinstance(entry, str):
                 raise ValueError(f"{entry!r} is no module's name")
+            if method == "modelopt":
+                if "*" in entry:
+                    self._patterns[entry] = re.compile(translate(entry))
+                else:
+                    self._literals.add(entry)
+                continue
             if not entry.startswith("re:"):
                 self._literals.add(entry)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline import __version__
@@ -10,9 +11,16 @@ from pipeline.checkpoint.source import Checkpoint
 from pipeline.plan import Plan, size_text, summary
 from pipeline.recipe import recipe_yaml
 
+METHODS = {"llmcompressor": ["compressed-tensors", "llm-compressor"], "modelopt": ["modelopt"]}
 
-def model_card(plan: Plan) -> str:
-    """README.md of the result, with metadata that the hub reads, and without the paths of this machine."""
+
+def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
+    """README.md of the result, with metadata that the hub reads, and without the paths of this machine.
+
+    Args:
+        plan: what was done.
+        findings: what calibration found, sentence by sentence.
+    """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -23,7 +31,7 @@ def model_card(plan: Plan) -> str:
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if "vision_config" in source.config else "text-generation",
-        tags=["fp8", "compressed-tensors", "vllm", "llm-compressor"],
+        tags=["fp8", "vllm", *METHODS[plan.backend.name]],
     )
     environment = Environment(
         loader=PackageLoader("pipeline.report"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
@@ -44,6 +52,12 @@ def model_card(plan: Plan) -> str:
         "version": __version__,
         "libraries": plan.backend.versions(set()),
         "kv_cache": plan.recipe.kv_cache,
+        "scheme": plan.recipe.scheme,
+        "exact": plan.recipe.backend == "modelopt" and plan.recipe.backend_options.exact,
+        "calibration": plan.calibration,
+        "embedded": plan.calibration is not None and plan.calibration.captions.origin == "embedded",
+        "coco": plan.calibration is not None and "coco" in plan.calibration.captions.origin.lower(),
+        "findings": findings,
         "custom_code": bool(source.config.get("auto_map")),
     }
     return environment.get_template("card.md.jinja").render(facts)

@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.events import STAGES
-from pipeline.plan import Piece, Plan, size_text, summary
+from pipeline.plan import Plan, size_text, summary
 
 if TYPE_CHECKING:
     import rich.console
 
+    from pipeline.calibration.layers import Calibrated
     from pipeline.journal import Journal
     from pipeline.runner import Outcome
     from pipeline.serving.verify import Report
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
+MOST_FINDINGS = 12
 LOG_WIDTH = 140  # of tables where there is no terminal
 
 
@@ -51,8 +53,20 @@ class Console:
             + f"; output {size_text(plan.output_nbytes)} in {len(plan.shards)} shard(s), "
             f"memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
         )
+        if plan.calibration is not None:
+            self._show_calibration(plan)
         for warning in plan.warnings:
             self.say(f"note: {warning}")
+
+    def _show_calibration(self, plan: Plan) -> None:
+        assert plan.calibration is not None
+        found, batches = plan.calibration, plan.calibration.batches
+        self.say(
+            f"calibration: {batches.samples} captions of {found.captions.origin}, {batches.tokens} tokens "
+            f"({batches.shortest} to {batches.longest} each, {batches.cut} cut) in {len(batches.batches)} batches, "
+            f"{batches.padding:.2f} times the real tokens computed"
+        )
+        self.say(f"layers run on {found.device.why}; {found.place_why}")
 
     def show_plan_table(self, plan: Plan) -> None:
         """What `quantize plan` prints: parts, shards, what is carried."""
@@ -88,16 +102,17 @@ class Console:
     # --- during ---
 
     @contextmanager
-    def progress(self, plan: Plan, journal: Journal) -> Iterator[Callable[[Piece], None]]:
-        """Yields what to call after each piece."""
-        total = sum(piece.nbytes for piece in plan.pieces)
+    def progress(self, plan: Plan, journal: Journal) -> Iterator[Callable[[str, int], None]]:
+        """Yields what to call after each piece and layer, with a label and the bytes read."""
+        total = plan.read_nbytes
         done = sum(piece.nbytes for piece in plan.pieces if piece.unit in journal.done)
+        done += sum(layer.nbytes for layer in plan.layers if layer.unit in journal.done)
         if self.rich.is_terminal:
             yield from self._bar(total, done)
         else:
             yield self._lines(total, done)
 
-    def _bar(self, total: int, done: int) -> Iterator[Callable[[Piece], None]]:
+    def _bar(self, total: int, done: int) -> Iterator[Callable[[str, int], None]]:
         from rich import progress as bars
 
         columns = (
@@ -109,14 +124,14 @@ class Console:
         )
         with bars.Progress(*columns, console=self.rich) as progress:
             task = progress.add_task("reading", total=total, completed=done)
-            yield lambda piece: progress.update(task, advance=piece.nbytes, description=piece.label)
+            yield lambda label, nbytes: progress.update(task, advance=nbytes, description=label)
 
-    def _lines(self, total: int, done: int) -> Callable[[Piece], None]:
+    def _lines(self, total: int, done: int) -> Callable[[str, int], None]:
         begun, first, last = time.monotonic(), done, time.monotonic()
 
-        def on_piece(piece: Piece) -> None:
+        def on_progress(label: str, nbytes: int) -> None:
             nonlocal done, last
-            done += piece.nbytes
+            done += nbytes
             now = time.monotonic()
             if now - last < PLAIN_INTERVAL:
                 return
@@ -124,11 +139,11 @@ class Console:
             rate = (done - first) / (now - begun)
             left = (total - done) / rate
             self.say(
-                f"{piece.label}: {size_text(done)} of {size_text(total)} ({100 * done / total:.0f}%), "
+                f"{label}: {size_text(done)} of {size_text(total)} ({100 * done / total:.0f}%), "
                 f"{size_text(rate)}/s, {left:.0f} s left"
             )
 
-        return on_piece
+        return on_progress
 
     # --- after ---
 
@@ -144,6 +159,8 @@ class Console:
                 f"read {size_text(totals.bytes_read)}, wrote {size_text(totals.bytes_written)} in "
                 f"{totals.seconds:.2f} s ({size_text(totals.bytes_read / totals.seconds)}/s read)"
             )
+        if outcome.calibrated is not None:
+            self.show_calibrated(outcome.calibrated, outcome.findings)
         if outcome.report is not None:
             self.show_report(outcome.report)
         self.say(f"published: {outcome.output}")
@@ -157,20 +174,41 @@ class Console:
         title = f"slowest {min(slowest, len(layers))} of {len(layers)} parts (stages overlap)"
         table = Table(title=title, title_justify="left")
         table.add_column("part", overflow="fold")
-        for name in (*(f"{stage} s" for stage in STAGES), "read", "written", "RSS"):
+        stages = [stage for stage in STAGES if any(row[f"{stage}_s"] for row in layers)]
+        more = [("tokens/s", "tokens_per_s", str), ("GPU", "device_bytes", size_text)]
+        more = [entry for entry in more if any(row.get(entry[1]) for row in layers)]
+        for name in (*(f"{stage} s" for stage in stages), "read", "written", "RSS", *(entry[0] for entry in more)):
             table.add_column(name, justify="right", no_wrap=True)
         for row in layers[:slowest]:
             table.add_row(
                 row["layer"],
-                *(f"{row[f'{stage}_s']:.3f}" for stage in STAGES),
+                *(f"{row[f'{stage}_s']:.3f}" for stage in stages),
                 *(size_text(row[key]) for key in ("bytes_read", "bytes_written", "rss_bytes")),
+                *(show(row[key]) if key in row else "" for _, key, show in more),
             )
         self.rich.print(table)
+
+    def show_calibrated(self, seen: Calibrated, findings: tuple[str, ...]) -> None:
+        """Reads and forwards, counted; and what the ranges say."""
+        if seen.reads:
+            most = max(seen.reads.values())
+            times = "once" if most == 1 else f"at most {most} times"
+            replay = f", {seen.replayed} of them run again after a resume" if seen.replayed else ""
+            self.say(
+                f"{seen.layers} layers{replay}: {len(seen.reads)} weights read {times}, {seen.forwards} layer forwards; "
+                f"imports took {seen.imports:.1f} s"
+            )
+        for line in findings[:MOST_FINDINGS]:
+            self.say(f"note: {line}")
+        if len(findings) > MOST_FINDINGS:
+            self.say(f"note: {len(findings) - MOST_FINDINGS} more in quantize/calibration.json")
 
     def show_report(self, report: Report) -> None:
         """Verification, check by check, problem by problem."""
         for line in report.checked:
             self.say(f"checked: {line}")
+        for line in report.notes:
+            self.say(f"note: {line}")
         for line in report.problems:
             self.say(f"PROBLEM: {line}")
         verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"

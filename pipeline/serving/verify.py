@@ -6,24 +6,27 @@ headers, config and scales are read.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
+import re
 import struct
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends.fp8 import NonFiniteWeight, transpose
-from pipeline.backends.llmcompressor import FP8Dynamic
-from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor, open_checkpoint
-from pipeline.journal import JOURNAL, read_pieces
-from pipeline.model.selection import IgnoreList, Selection, expert_modules, is_linear_shaped, select
+from pipeline.backends.modelopt import fused_groups
+from pipeline.checkpoint.reader import read_tensor
+from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, open_checkpoint, read_json
+from pipeline.model.selection import (
+    IgnoreList,
+    Selection,
+    attention_prefix,
+    expert_modules,
+    is_linear_shaped,
+    select,
+)
 
-CHUNK = 16 << 20
 FP8 = "F8_E4M3"
 
 
@@ -35,6 +38,7 @@ class Report:
     source: str | None
     checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     proven_in_vllm: bool = False
 
     @property
@@ -50,6 +54,7 @@ class Report:
             "passed": self.passed,
             "checked": self.checked,
             "problems": self.problems,
+            "notes": self.notes,
             "proven_in_vllm": self.proven_in_vllm,
         }
 
@@ -73,51 +78,138 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
     if not isinstance(section, dict):
         report.problems.append("config.json has no quantization_config: vLLM will load the FP8 codes as plain weights")
         return report
-    if section.get("quant_method") != "compressed-tensors":
+    method = METHODS.get(str(section.get("quant_method")))
+    if method is None:
         report.problems.append(
-            f"quant_method {section.get('quant_method')!r} is not known to this version's structural check"
+            f"quant_method {section.get('quant_method')!r} is not known here; {' and '.join(METHODS)} are"
         )
         return report
-    _check_scales(result, report)
-    ignore = _check_section(section, report)
+    _check_scales(result, method, report)
+    ignore = _check_section(section, method, report)
     _check_ignore(result, ignore, report)
+    _check_cache(result, section, method, report)
+    if method.name == "modelopt":
+        _check_hf_quant_config(result, section, report)
     if source is not None:
-        _check_accounts(result, source, ignore, report)
+        _check_accounts(result, source, ignore, method, report)
         _check_config(result, source, report)
     if contents:
-        _check_hashes(result, report)
+        from pipeline.serving.contents import check_bytes, check_hashes
+
+        check_hashes(result, report)
         if source is not None:
-            _check_bytes(result, source, report)
+            check_bytes(result, source, method.name, report)
     return report
+
+
+# --- methods -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a ``quant_method`` lays out an FP8 weight.
+
+    Attributes:
+        name: vLLM's word for it.
+        weights: what a group of the config says of weights, as far as vLLM reads it.
+        inputs: likewise of activations.
+        static_inputs: whether every weight has an ``input_scale``.
+        cache: for k, v, q and prob the tensor names that vLLM takes, from the attention's prefix on.
+    """
+
+    name: str
+    weights: dict[str, Any]
+    inputs: dict[str, Any]
+    static_inputs: bool
+    cache: dict[str, tuple[str, ...]]
+
+    def scale_shape(self, rows: int) -> tuple[int, ...]:
+        """Of the scale of a weight with so many rows."""
+        return () if self.static_inputs else (rows, 1)
+
+
+METHODS = {
+    "compressed-tensors": Method(
+        "compressed-tensors",
+        {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, "symmetric": True},
+        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
+        False,
+        {key: (f"{key}_scale",) for key in "kvq"},
+    ),
+    "modelopt": Method(
+        "modelopt",
+        {"num_bits": 8, "type": "float", "dynamic": False},
+        {"num_bits": 8, "type": "float", "dynamic": False},
+        True,
+        {
+            "k": ("k_scale", "k_proj.k_scale"),
+            "v": ("v_scale", "v_proj.v_scale"),
+            "q": ("q_scale",),
+            "prob": ("attn.prob_scale",),
+        },
+    ),
+}
 
 
 # --- scales ------------------------------------------------------------------------------------------
 
 
-def _check_scales(result: Checkpoint, report: Report) -> None:
+def _check_scales(result: Checkpoint, method: Method, report: Report) -> None:
     counted = 0
+    kinds = {"weight_scale": "a scale", **({"input_scale": "an input scale"} if method.static_inputs else {})}
     for name, tensor in result.tensors.items():
-        if name.endswith(".weight_scale"):
-            weight = result.tensors.get(name.removesuffix("_scale"))
+        owner, _, last = name.rpartition(".")
+        if last in ("weight_scale", "input_scale"):
+            weight = result.tensors.get(f"{owner}.weight")
             if weight is None or weight.dtype != FP8:
                 report.problems.append(f"{name}: there is no FP8 weight that it scales")
+            elif last not in kinds:
+                report.problems.append(f"{name}: a static input scale, but the config says that inputs are dynamic")
             continue
         if tensor.dtype != FP8:
             continue
         counted += 1
-        scale = result.tensors.get(f"{name}_scale") if name.endswith(".weight") else None
-        if scale is None:
-            report.problems.append(f"{name}: FP8 codes without a weight_scale: vLLM would run them unscaled")
-            continue
-        expected = (tensor.shape[0], 1)
-        if len(tensor.shape) != 2 or scale.shape != expected:
-            report.problems.append(f"{scale.name}: shape {list(scale.shape)}, one scale a row is {list(expected)}")
-            continue
-        if bad := _bad_scales(result, scale):
-            report.problems.append(f"{scale.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
+        for kind in kinds:
+            scale = result.tensors.get(f"{name.removesuffix('.weight')}.{kind}") if name.endswith(".weight") else None
+            if scale is None:
+                what = "run them unscaled" if kind == "weight_scale" else "quantize its inputs with an unset scale"
+                report.problems.append(f"{name}: FP8 codes without {_article(kind)} {kind}: vLLM would {what}")
+                continue
+            expected = method.scale_shape(tensor.shape[0]) if len(tensor.shape) == 2 else None
+            if scale.shape != expected and not (expected == () and scale.shape == (1,)):
+                each = "one scale a row" if expected else "one scale a tensor"
+                report.problems.append(
+                    f"{scale.name}: shape {list(scale.shape)}, {each} is {list(expected or ())}"
+                )
+                continue
+            if bad := _bad_scales(result, scale):
+                report.problems.append(f"{scale.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
     if not counted:
         report.problems.append("there is no FP8 weight in this checkpoint")
     report.checked.append(f"{counted} FP8 weights: each has finite, positive scales of the right shape")
+    if method.static_inputs:
+        _note_unshared(result, report)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _note_unshared(result: Checkpoint, report: Report) -> None:
+    """Parts of one GEMM whose weight scales differ: vLLM rounds them a second time."""
+    modules = [name.removesuffix(".weight") for name, tensor in result.tensors.items() if tensor.dtype == FP8]
+    apart = 0
+    for group in fused_groups(modules):
+        scales = [result.tensors.get(f"{module}.weight_scale") for module in group]
+        values = {read_tensor(result, scale) for scale in scales if scale is not None}
+        apart += len(values) > 1
+    if apart:
+        report.notes.append(
+            f"{apart} groups that vLLM fuses (q/k/v, gate/up) have different weight scales: it dequantizes them and "
+            "rounds them once more with the largest"
+        )
+    else:
+        report.checked.append("what vLLM fuses (q/k/v, gate/up) shares one weight scale")
 
 
 def _bad_scales(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
@@ -126,7 +218,7 @@ def _bad_scales(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
     if tensor.dtype not in formats:
         return [math.nan]
     code, infinity = formats[tensor.dtype]
-    bits = array(code, _read(checkpoint, tensor, 0, tensor.nbytes))
+    bits = array(code, read_tensor(checkpoint, tensor))
     if bits and min(bits) > 0 and max(bits) < infinity:
         return []
     return [_as_float(value, tensor.dtype) for value in bits if not 0 < value < infinity]
@@ -138,48 +230,147 @@ def _as_float(bits: int, dtype: str) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits << 16 if dtype == "BF16" else bits))[0])
 
 
-def _read(checkpoint: Checkpoint, tensor: Tensor, start: int, count: int) -> bytes:
-    path = checkpoint.shards[tensor.shard].path
-    assert path is not None
-    with path.open("rb") as file:
-        return os.pread(file.fileno(), count, tensor.offset + start)
+def scalar(checkpoint: Checkpoint, tensor: Tensor) -> float:
+    """The value of a scalar tensor in BF16, F16 or F32."""
+    raw = read_tensor(checkpoint, tensor)
+    return _as_float(int.from_bytes(raw, "little"), tensor.dtype)
 
 
 # --- config ------------------------------------------------------------------------------------------
 
 
-def _check_section(section: dict[str, Any], report: Report) -> IgnoreList:
+def _check_section(section: dict[str, Any], method: Method, report: Report) -> IgnoreList:
     """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
     groups = section.get("config_groups")
-    wanted = FP8Dynamic.groups()["group_0"]
     found = list(groups.values()) if isinstance(groups, dict) else []
     fits = [
         group
         for group in found
         if isinstance(group, dict)
         and "Linear" in (group.get("targets") or [])
-        and all(_has(group.get(part), wanted[part]) for part in ("weights", "input_activations"))
+        and _has(group.get("weights"), method.weights)
+        and _has(group.get("input_activations"), method.inputs)
     ]
     if not fits:
-        report.problems.append(
-            "quantization_config.config_groups: no group says that Linear weights are FP8 with a scale a row and "
-            "activations FP8 per token: vLLM would read the scales wrongly"
+        how = (
+            "FP8 with a static scale a tensor, and so their inputs"
+            if method.static_inputs
+            else "FP8 with a scale a row and activations FP8 per token"
         )
-    if section.get("format") != "float-quantized":
+        report.problems.append(
+            f"quantization_config.config_groups: no group says that Linear weights are {how}: vLLM would read the "
+            "scales wrongly"
+        )
+    if method.name == "compressed-tensors" and section.get("format") != "float-quantized":
         report.problems.append(f"quantization_config.format is {section.get('format')!r}, not float-quantized")
+    if method.name == "modelopt" and section.get("quant_algo") != "FP8":
+        report.problems.append(f"quantization_config.quant_algo is {section.get('quant_algo')!r}, not FP8")
     entries = section.get("ignore") or []
     try:
         if not isinstance(entries, list):
             raise ValueError(f"{entries!r} is no list")
-        return IgnoreList(entries)
+        return IgnoreList(entries, method.name)
     except ValueError as error:
         report.problems.append(f"quantization_config.ignore: {error}")
         return IgnoreList([])
 
 
 def _has(part: Any, wanted: dict[str, Any]) -> bool:
-    keys = ("num_bits", "type", "strategy", "dynamic", "symmetric")
-    return isinstance(part, dict) and all(part.get(key) == wanted[key] for key in keys)
+    return isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
+
+
+def _check_hf_quant_config(result: Checkpoint, section: dict[str, Any], report: Report) -> None:
+    """ModelOpt's older file, which vLLM reads where config.json has no section: both must say the same."""
+    path = result.root / "hf_quant_config.json"
+    if not path.exists():
+        return
+    try:
+        old = read_json(path).get("quantization", {})
+    except SourceError as error:
+        report.problems.append(str(error))
+        return
+    ours = (section.get("quant_algo"), sorted(section.get("ignore") or []), bool(section.get("kv_cache_scheme")))
+    theirs = (old.get("quant_algo"), sorted(old.get("exclude_modules") or []), bool(old.get("kv_cache_quant_algo")))
+    if ours != theirs:
+        report.problems.append("hf_quant_config.json: it says something else than config.json's quantization_config")
+
+
+# --- the KV cache ------------------------------------------------------------------------------------
+
+
+def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, report: Report) -> None:
+    """Every attention layer has the scales that the config promises, and each is one that vLLM can use."""
+    try:
+        selection = select(result)
+    except SourceError:
+        return  # _check_ignore says so
+    attentions = {
+        prefix
+        for name, choice in selection.choices.items()
+        if choice.layer is not None
+        and (prefix := attention_prefix([name], f"{choice.component}.{choice.layer}" if choice.component else ""))
+    }
+    scheme = section.get("kv_cache_scheme")
+    known = {f"{attention}.{name}" for attention in attentions for names in method.cache.values() for name in names}
+    for name in result.tensors:
+        if re.search(r"\.(k|v|q|prob)_scale$", name) and name not in known:
+            report.problems.append(f"{name}: vLLM loads no KV-cache scale of this name here")
+    found = {
+        (attention, key): result.tensors[f"{attention}.{name}"]
+        for attention in attentions
+        for key, names in method.cache.items()
+        for name in names
+        if f"{attention}.{name}" in result.tensors
+    }
+    if not scheme:
+        if found:
+            report.problems.append(
+                f"{len(found)} KV-cache scales, but the config has no kv_cache_scheme: vLLM loads them and uses them only "
+                "with --kv-cache-dtype fp8"
+            )
+        return
+    if not (isinstance(scheme, dict) and scheme.get("num_bits") == 8 and scheme.get("type") == "float"):
+        report.problems.append(f"quantization_config.kv_cache_scheme: {scheme!r} is no FP8 scheme")
+    missing = [a for a in sorted(attentions) if (a, "k") not in found or (a, "v") not in found]
+    if missing:
+        report.problems.append(
+            f"{missing[0]}: no k_scale and v_scale, in {len(missing)} of {len(attentions)} layers, although the config "
+            "promises an FP8 KV cache: vLLM would run it at scale 1.0"
+        )
+    values: dict[tuple[str, str], float] = {}
+    for (attention, key), tensor in found.items():
+        if tensor.shape not in ((), (1,)):
+            report.problems.append(f"{tensor.name}: shape {list(tensor.shape)}; one scale a layer is a single value")
+            continue
+        if bad := _bad_scales(result, tensor):
+            report.problems.append(f"{tensor.name}: {bad[0]} is not finite and positive")
+            continue
+        values[attention, key] = scalar(result, tensor)
+    ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
+    if ones:
+        report.problems.append(
+            f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s): that is what an uncalibrated cache has"
+        )
+    _note_cache(found, attentions, method, report)
+
+
+def _note_cache(
+    found: dict[tuple[str, str], Tensor], attentions: set[str], method: Method, report: Report
+) -> None:
+    wide = [tensor.name for tensor in found.values() if tensor.dtype != "BF16"]
+    if wide:
+        report.notes.append(
+            f"{len(wide)} KV-cache scales are {found[next(iter(found))].dtype}: vLLM rounds them to BF16 with a warning "
+            "each, and may round them down"
+        )
+    own = [tensor.name for tensor in found.values() if re.search(r"\.[kv]_proj\.[kv]_scale$", tensor.name)]
+    if own:
+        report.notes.append(f"{own[0]}: ModelOpt's own name; vLLM 0.24.0 was seen to refuse it on Qwen2.5-VL")
+    for key in method.cache:
+        if key not in ("k", "v") and any((a, key) not in found for a in attentions):
+            report.notes.append(f"there is no {key}_scale: vLLM uses 1.0 for it")
+    kinds = ", ".join(key for key in method.cache if all((a, key) in found for a in attentions))
+    report.checked.append(f"{len(attentions)} attention layers: finite, positive KV-cache scales ({kinds or 'none'})")
 
 
 def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> None:
@@ -205,7 +396,10 @@ def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> Non
     )
     if ours != theirs:
         changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-        report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
+        if _means_the_same(result, source):
+            report.notes.append(f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's")
+        else:
+            report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
     for name in source.sidecars:
         path = result.root / name
         if name == "config.json":
@@ -217,10 +411,27 @@ def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> Non
     report.checked.append(f"config and {len(source.sidecars) - 1} small files: as in the source")
 
 
+def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
+    """Whether transformers makes the same of both configs: ModelOpt's export saves its own normal form."""
+    from transformers import AutoConfig
+
+    made = []
+    for checkpoint in (result, source):
+        try:
+            values = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False).to_dict()
+        except Exception:  # a config that transformers cannot read means nothing in particular
+            return False
+        drop = ("quantization_config", "_name_or_path", "transformers_version")
+        made.append({key: value for key, value in values.items() if key not in drop})
+    return made[0] == made[1]
+
+
 # --- against the source ------------------------------------------------------------------------------
 
 
-def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, report: Report) -> None:
+def _check_accounts(
+    result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method, report: Report
+) -> None:
     selection = select(source)
     expected: set[str] = set()
     copied = quantized = 0
@@ -239,9 +450,11 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, 
             what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
             report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
             continue
-        for module, rows, columns in _expected_modules(name, tensor, role, selection):
+        for module, rows, columns in expected_modules(name, tensor, role, selection):
             weight = result.tensors.get(f"{module}.weight")
             expected.update((f"{module}.weight", f"{module}.weight_scale"))
+            if method.static_inputs:
+                expected.add(f"{module}.input_scale")
             quantized += 1
             if weight is None:
                 report.problems.append(f"{module}.weight: the source has it ({name}), the checkpoint does not")
@@ -250,121 +463,16 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, 
                     f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
                 )
     for name in result.tensors:
-        if name not in expected:
+        if name not in expected and not re.search(r"\.(k|v|q|prob)_scale$", name):  # those have their own check
             report.problems.append(f"{name}: the source has nothing that it could come from")
     report.checked.append(f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} in FP8")
 
 
-def _expected_modules(name: str, tensor: Tensor, role: str, selection: Selection) -> Iterator[tuple[str, int, int]]:
+def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection) -> Iterator[tuple[str, int, int]]:
+    """The modules, with rows and columns, that a linear weight or a block of fused experts becomes."""
     if role == "linear":
         yield name.removesuffix(".weight"), tensor.shape[0], tensor.shape[1]
         return
     block, _, kind = name.rpartition(".")
     for _, modules in expert_modules(block, kind, selection.expert_layouts[block]):
         yield from modules
-
-
-# --- contents ----------------------------------------------------------------------------------------
-
-
-def _check_hashes(result: Checkpoint, report: Report) -> None:
-    try:
-        pieces = read_pieces(result.root)
-    except ValueError:
-        report.problems.append(f"{JOURNAL}: it is damaged")
-        return
-    if pieces is None:
-        report.checked.append("no hashes were recorded for this checkpoint")
-        return
-    covered: Counter[str] = Counter()
-    for piece in pieces:
-        tensor = result.tensors.get(piece.tensor)
-        if tensor is None:
-            report.problems.append(f"{piece.tensor}: recorded by the run, absent here")
-            continue
-        covered[piece.tensor] += piece.nbytes
-        digest = hashlib.sha256()
-        for start in range(0, piece.nbytes, CHUNK):
-            count = min(CHUNK, piece.nbytes - start)
-            digest.update(_read(result, tensor, piece.offset - tensor.offset + start, count))
-        if digest.hexdigest() != piece.sha256:
-            report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
-    for name, tensor in result.tensors.items():
-        if covered[name] != tensor.nbytes:
-            report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
-    report.checked.append(f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run")
-
-
-def _check_bytes(result: Checkpoint, source: Checkpoint, report: Report) -> None:
-    """What stays against the source, and what is quantized against the source quantized once more."""
-    selection, same, again, other = select(source), 0, 0, 0
-    ours = (result.root / JOURNAL).exists()
-    for name, tensor in source.tensors.items():
-        found, role = result.tensors.get(name), selection.choices[name].role
-        if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
-            same += 1
-            if not _equal(source, tensor, result, found):
-                report.problems.append(f"{name}: it was to stay as it is, but its bytes differ from the source's")
-        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
-            again += 1
-            try:
-                wrong = _requantize(source, tensor, result, role, selection)
-            except NonFiniteWeight:
-                report.problems.append(f"{name}: NaN or Inf in the source")
-                continue
-            if wrong and not ours:
-                other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
-            elif wrong:
-                report.problems.append(
-                    f"{wrong}: not what the source's {name} gives when it is quantized (llm-compressor's numerics on a "
-                    "CPU)"
-                )
-    report.checked.append(f"{same} tensors that stay as they are: byte for byte the source's")
-    bits = f"the same bits but for {other}, made elsewhere" if other else "the same bits"
-    report.checked.append(f"{again} source tensors quantized once more: {bits}")
-
-
-def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
-    starts = range(0, tensor.nbytes, CHUNK)
-    sizes = [min(CHUNK, tensor.nbytes - start) for start in starts]
-    return all(_read(a, tensor, s, n) == _read(b, other, s, n) for s, n in zip(starts, sizes, strict=True))
-
-
-def _requantize(source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection) -> str | None:
-    """The first output tensor whose bytes are not those of `tensor` quantized again; None if all are."""
-    quantize, width = FP8Dynamic().quantizer(tensor.dtype), DTYPE_BYTES[tensor.dtype]
-    modules = list(_expected_modules(tensor.name, tensor, role, selection))
-    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
-    each = len(modules) // layout.experts if layout else 1
-    position = 0
-    for first in range(0, len(modules), each):
-        stacked = modules[first : first + each]
-        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
-        turned = layout is not None and layout.transposed
-        step = rows if turned else max(1, CHUNK // (columns * width))
-        codes, scales = bytearray(rows * columns), bytearray(rows * width)
-        for top in range(0, rows, step):
-            count = min(step, rows - top)
-            data = bytearray(_read(source, tensor, position, count * columns * width))
-            position += len(data)
-            if turned:
-                flat, data = data, bytearray(len(data))
-                transpose(flat, data, columns, rows, width)
-            quantize(
-                data,
-                memoryview(codes)[top * columns : (top + count) * columns],
-                memoryview(scales)[top * width : (top + count) * width],
-                count,
-                columns,
-            )
-        top = 0
-        for module, height, _ in stacked:
-            for suffix, made in (
-                ("weight", codes[top * columns : (top + height) * columns]),
-                ("weight_scale", scales[top * width : (top + height) * width]),
-            ):
-                found = result.tensors.get(f"{module}.{suffix}")
-                if found is not None and _read(result, found, 0, found.nbytes) != made:
-                    return f"{module}.{suffix}"
-            top += height
-    return None

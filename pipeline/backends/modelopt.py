@@ -1,0 +1,447 @@
+"""ModelOpt's FP8: static W8A8 with one scale a tensor, calibrated; KV scales by its bmm quantizers.
+
+Exact mode gives the bits, names and configs of ``mtq.quantize`` and ``export_hf_checkpoint`` of ModelOpt 0.47.0
+(tests/test_equal_modelopt.py compares them). The default is made for serving with the same quantizers and the same
+cast: what vLLM fuses into one GEMM shares one ``weight_scale``, so that it is never rounded a second time; parts
+that differ much in size are first balanced by exact powers of two; KV scales are BF16 and come with q and prob.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from pipeline.backends.base import CalibrationError, Output, Ranges
+from pipeline.calibration.scales import PROB_SCALE, SCALE_NAMES, cache_scale, usable
+from pipeline.model.selection import FUSED_LINEARS, Selection
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.source import Checkpoint
+    from pipeline.model.skeleton import Experts, Layer, Skeleton
+
+# Below this ratio of largest magnitudes E4M3's four exponent bits take the difference; above, small weights of the
+# smaller part fall among its subnormal numbers (tests/test_balance.py measures it).
+BALANCE_FROM = 4.0
+
+
+class ModelOptFP8:
+    """Backend ``modelopt``, scheme ``fp8``.
+
+    Args:
+        kv_cache: whether keys and values get scales.
+        exact: ModelOpt's own bits, names and configs.
+        balance: scale parts that differ in size by powers of two; never in exact mode.
+    """
+
+    name = "modelopt"
+    scheme = "fp8"
+
+    def __init__(self, kv_cache: bool, exact: bool = False, balance: bool = True) -> None:
+        self.kv_cache = kv_cache
+        self.exact = exact
+        self.balance = balance and not exact
+
+    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, ...]:
+        """Codes in F8_E4M3; the weight's and the input's scale as F32 scalars."""
+        return (
+            Output("weight", "F8_E4M3", (rows, columns)),
+            Output("weight_scale", "F32", ()),
+            Output("input_scale", "F32", ()),
+        )
+
+    def attention_outputs(self) -> tuple[Output, ...]:
+        """KV scales: ModelOpt's own names and F32 in exact mode, else those that every vLLM seen loads, in BF16."""
+        if not self.kv_cache:
+            return ()
+        if self.exact:
+            return Output("k_proj.k_scale", "F32", ()), Output("v_proj.v_scale", "F32", ())
+        names = SCALE_NAMES["modelopt"]
+        return tuple(Output(name, "BF16", names.shape) for name in names.names.values())
+
+    def versions(self, dtypes: set[str]) -> dict[str, str]:
+        """ModelOpt and torch make the codes, transformers the activations."""
+        return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")}
+
+    # --- config ---
+
+    def config_section(self, selection: Selection) -> dict[str, Any]:
+        """As ModelOpt 0.47.0 writes it into config.json, with every module that is kept named in ``ignore``.
+
+        A part outside the language model is named as a whole besides: vLLM renames and fuses modules there, and
+        takes ``*`` patterns for this method.
+        """
+        numbers = {"dynamic": False, "num_bits": 8, "type": "float"}
+        section: dict[str, Any] = {
+            "config_groups": {"group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}},
+            "ignore": ignore_entries(selection),
+            "quant_algo": "FP8",
+            "producer": {"name": "modelopt", "version": version("nvidia-modelopt")},
+            "quant_method": "modelopt",
+        }
+        if self.kv_cache:
+            section["kv_cache_scheme"] = dict(numbers)
+        return section
+
+    def extra_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
+        """``hf_quant_config.json``, the section in ModelOpt's older form; in exact mode both files are ModelOpt's own."""
+        if self.exact:
+            return self._exact_files(checkpoint, selection)
+        return {
+            "hf_quant_config.json": {
+                "producer": {"name": "modelopt", "version": version("nvidia-modelopt")},
+                "quantization": {
+                    "quant_algo": "FP8",
+                    "kv_cache_quant_algo": "FP8" if self.kv_cache else None,
+                    "exclude_modules": ignore_entries(selection),
+                },
+            }
+        }
+
+    def _exact_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
+        import json
+        import tempfile
+        from pathlib import Path
+
+        import torch
+        from modelopt.torch.export.quant_aware_conversion import build_reverse_name_mapper, revert_quant_config_names
+        from modelopt.torch.export.quant_utils import get_quant_config
+        from modelopt.torch.export.unified_export_hf import _write_hf_export_config
+
+        from pipeline.model.skeleton import Skeleton, quiet
+
+        skeleton = Skeleton.build(checkpoint, selection, torch.device("cpu"))
+        self.prepare(skeleton, selection)
+        with quiet(), tempfile.TemporaryDirectory() as directory:
+            found = get_quant_config(skeleton.model)
+            mapper = build_reverse_name_mapper(skeleton.model)
+            if mapper is not None:
+                revert_quant_config_names(found["quantization"], mapper)
+            skeleton.model.config.save_pretrained(directory)
+            _write_hf_export_config(skeleton.model, found, directory)
+            names = ("config.json", "hf_quant_config.json")
+            return {name: json.loads((Path(directory) / name).read_text()) for name in names}
+
+    # --- calibration ---
+
+    def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
+        """ModelOpt's quantizers on the whole model: a bare layer would get none for keys and values."""
+        import modelopt.torch.quantization as mtq
+
+        from pipeline.model.skeleton import quiet
+
+        with quiet():
+            mtq.quantize(skeleton.model, self.rules())
+        chosen = set(skeleton.module_paths().values())
+        for path, module in skeleton.model.named_modules():
+            inside = path.startswith(f"{skeleton.stack}.")
+            for name, child in module.named_children():
+                if not re.search(r"(weight|input)_quantizers?$", name):
+                    if not inside and name.endswith("_bmm_quantizer"):
+                        child.disable()
+                    continue
+                if path not in chosen:
+                    for quantizer in child if hasattr(child, "__iter__") else [child]:
+                        quantizer.disable()
+        self._refuse_unquantized(skeleton, selection)
+
+    def rules(self) -> dict[str, Any]:
+        """ModelOpt's FP8 rules without calibration; the KV rule stands before those that switch the vision off."""
+        import copy
+
+        import modelopt.torch.quantization as mtq
+
+        rules = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+        rules["algorithm"] = None
+        if self.kv_cache:
+            cache = [copy.deepcopy(r) for r in mtq.FP8_KV_CFG["quant_cfg"] if "bmm" in r["quantizer_name"]]
+            if not self.exact:  # queries as well
+                cache += [{**copy.deepcopy(cache[0]), "quantizer_name": "*q_bmm_quantizer"}]
+            rules["quant_cfg"] = rules["quant_cfg"][:3] + cache + rules["quant_cfg"][3:]
+        return rules
+
+    def _refuse_unquantized(self, skeleton: Skeleton, selection: Selection) -> None:
+        """Every weight that the plan promises in FP8 must have a quantizer that ModelOpt put there."""
+        for tensor, path in skeleton.module_paths().items():
+            module = skeleton.model.get_submodule(path)
+            found = [name for name, child in module.named_children() if re.search(r"weight_quantizers?$", name)]
+            on = any(
+                quantizer.is_enabled
+                for name in found
+                for quantizer in (lambda c: c if hasattr(c, "__iter__") else [c])(getattr(module, name))
+            )
+            if not on:
+                raise CalibrationError(
+                    f"{tensor}: ModelOpt puts no quantizer on {path} ({type(module).__name__}); put it into ignore, or "
+                    "choose backend: llmcompressor"
+                )
+
+    def calibrate(self, layer: Layer, forward: Callable[[], None]) -> Ranges:
+        """ModelOpt's max calibration; its weight quantizers see their weight once, not once a batch."""
+        import modelopt.torch.quantization as mtq
+
+        from pipeline.model.skeleton import quiet
+
+        ranges = Ranges()
+        if self.balance:
+            ranges.balanced, ranges.notes = balance(layer)
+        weights = list(_weight_quantizers(layer.module))
+
+        def loop(_module: Any) -> None:
+            for quantizer in weights:
+                quantizer.disable()
+            try:
+                forward()
+            finally:
+                for quantizer in weights:
+                    quantizer.enable()
+
+        with quiet():
+            try:
+                mtq.calibrate(layer.module, "max", forward_loop=loop)
+            except AssertionError as error:  # its calibrator's word for NaN and Inf
+                raise CalibrationError(
+                    f"{layer.prefix}: an activation is not finite ({str(error).splitlines()[0]}); the checkpoint is "
+                    "damaged, or overflows in BF16"
+                ) from None
+        if layer.attention is not None and self.kv_cache:
+            for key in "kvq":
+                quantizer = getattr(layer.attention_module, f"{key}_bmm_quantizer", None)
+                if quantizer is not None and quantizer.is_enabled:
+                    ranges.attention[key] = _amax(quantizer)
+        return ranges
+
+    # --- results ---
+
+    def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
+        """Codes and scales of every linear layer and expert, the KV scales, and biases that balancing changed."""
+        import torch
+
+        made: dict[str, Any] = {}
+        shared = {} if self.exact else _shared_ranges(layer)
+        for name, module in layer.linears.items():
+            amax = shared.get(name) or _amax(module.weight_quantizer)
+            self._pack(made, name, module.weight, amax, module.input_quantizer)
+        for block in layer.experts:
+            for name, weight, quantizer, inputs in _expert_parts(block):
+                self._pack(made, name, weight, _amax(quantizer), inputs)
+        if layer.attention is not None and self.kv_cache:
+            self._add_cache_scales(made, layer, ranges)
+        for modules, against, _ in ranges.balanced:
+            for name in (modules, against):
+                module = layer.linears.get(name)
+                if module is not None and module.bias is not None:
+                    made[f"{name}.bias"] = module.bias.detach()
+        return {name: value.detach().to("cpu", copy=torch.device(layer.device).type != "cpu") for name, value in made.items()}
+
+    def _pack(self, made: dict[str, Any], name: str, weight: Any, amax: float, inputs: Any) -> None:
+        import torch
+        from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
+
+        scale, input_amax = amax / _BOUND, _amax(inputs)
+        for value, word in ((scale, "the weight"), (input_amax, "the input")):
+            if not usable(value):
+                raise CalibrationError(
+                    f"{name}: {word} reaches {value}, which gives no scale; is the checkpoint damaged? To keep this "
+                    "module in BF16 name it in ignore"
+                )
+        factor = torch.tensor(scale)
+        made[f"{name}.weight"] = to_quantized_weight(weight.detach(), factor, QUANTIZATION_FP8)
+        made[f"{name}.weight_scale"] = factor
+        made[f"{name}.input_scale"] = torch.tensor(input_amax / _BOUND)
+
+    def _add_cache_scales(self, made: dict[str, Any], layer: Layer, ranges: Ranges) -> None:
+        import torch
+
+        for key, word in (("k", "keys"), ("v", "values"), *(() if self.exact else (("q", "queries"),))):
+            if not usable(ranges.attention.get(key, math.nan)):
+                raise CalibrationError(
+                    f"{layer.attention}: the {word} reach {ranges.attention.get(key)}, which gives no scale for the KV "
+                    "cache; is the checkpoint damaged? Set kv_cache: none to leave it in BF16"
+                )
+        if self.exact:
+            for key in "kv":
+                value = torch.tensor(ranges.attention[key], dtype=torch.float32) / _BOUND
+                made[f"{layer.attention}.{key}_proj.{key}_scale"] = value
+            return
+        names = SCALE_NAMES["modelopt"]
+        for key, name in names.names.items():
+            value = PROB_SCALE if key == "prob" else cache_scale(ranges.attention[key])
+            made[f"{layer.attention}.{name}"] = torch.full(names.shape, value, dtype=torch.bfloat16)
+
+
+_BOUND = 448.0
+
+
+def _amax(quantizer: Any) -> float:
+    """What a quantizer has seen, as Python's float; NaN where it has seen nothing."""
+    found = getattr(quantizer, "_amax", None)
+    return math.nan if found is None else float(found.float().item())
+
+
+def _weight_quantizers(module: Any) -> Iterator[Any]:
+    for child in module.modules():
+        for name, quantizer in child.named_children():
+            if re.search(r"weight_quantizers?$", name):
+                for each in quantizer if hasattr(quantizer, "__iter__") else [quantizer]:
+                    if each.is_enabled:
+                        yield each
+
+
+def _expert_parts(block: Experts) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Every expert's output module: name, weight, its quantizer and the quantizer of its input.
+
+    Gate and up have one quantizer and so one scale; all experts share the quantizer of what goes in, as vLLM does.
+    """
+    module = block.module
+    for expert, (gate, up, down) in enumerate(block.names):
+        both, half = module.gate_up_proj[expert], module.gate_up_proj.shape[1] // 2
+        quantizer, inputs = module.gate_up_proj_weight_quantizers[expert], module.gate_up_proj_input_quantizer
+        yield gate, both[:half], quantizer, inputs
+        yield up, both[half:], quantizer, inputs
+        yield down, module.down_proj[expert], module.down_proj_weight_quantizers[expert], module.down_proj_input_quantizer
+
+
+def fused_groups(names: Iterable[str]) -> Iterator[list[str]]:
+    """The modules that vLLM runs as one GEMM: q/k/v, gate/up and the like, within one parent."""
+    names = list(names)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        for _, parts in FUSED_LINEARS:
+            found = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in names]
+            if len(found) > 1:
+                yield found
+
+
+def _shared_ranges(layer: Layer) -> dict[str, float]:
+    shared = {}
+    for group in fused_groups(layer.linears):
+        largest = max(_amax(layer.linears[name].weight_quantizer) for name in group)
+        shared.update(dict.fromkeys(group, largest))
+    return shared
+
+
+def ignore_entries(selection: Selection) -> list[str]:
+    """Modules that stay as they are: each by name, and parts outside the language model with all below them.
+
+    vLLM matches these with fnmatch on names that it may have changed: ``visual`` becomes part of other paths, so a
+    part is named by its last word between stars.
+    """
+    entries = list(selection.kept_linears)
+    for part in selection.outside:
+        last = part.rpartition(".")[2]
+        if not last.isdigit():
+            entries.append(f"*{last}*")
+    return list(dict.fromkeys(entries))
+
+
+# --- balancing ---------------------------------------------------------------------------------------
+
+
+def balance(layer: Layer) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """Bring what shares a scale to a like size, by powers of two along directions that change no output.
+
+    up against down, v against o, and q against k where no norm stands between them: a row scaled by 2^a meets a
+    column scaled by 2^-a, which BF16 does exactly. Whether it was exact is looked at in the values themselves.
+
+    Returns:
+        What was done, as (scaled modules, modules scaled against them, exponent), and what could not be.
+    """
+    done: list[tuple[str, str, int]] = []
+    notes: list[str] = []
+    for group in fused_groups(layer.linears):
+        parent = group[0].rpartition(".")[0]
+        sizes = {name.rpartition(".")[2]: _size(layer.linears[name].weight) for name in group}
+        if min(sizes.values()) <= 0 or max(sizes.values()) / min(sizes.values()) <= BALANCE_FROM:
+            continue
+        before = dict(sizes)
+        for one, other, exponent in _exponents(sizes, layer, parent):
+            names = f"{parent}.{one}", f"{parent}.{other}"
+            modules = [layer.linears.get(name) for name in names]
+            if None in modules or not _scale(modules[0], modules[1], exponent, rows=other == "k_proj"):
+                continue
+            done.append((*names, exponent))
+            sizes[one] *= 2.0**exponent
+            if other in sizes:
+                sizes[other] *= 2.0**-exponent
+        left = max(sizes.values()) / min(sizes.values())
+        if left > BALANCE_FROM:
+            listed = ", ".join(f"{name} {value:.3g}" for name, value in before.items())
+            notes.append(
+                f"{parent}: the parts of one GEMM differ in size ({listed}) and cannot be brought closer than "
+                f"{left:.3g} times without changing an output; small weights lose precision"
+            )
+    for block in layer.experts:
+        done += _balance_experts(block)
+    return done, notes
+
+
+def _exponents(sizes: dict[str, float], layer: Layer, parent: str) -> Iterator[tuple[str, str, int]]:
+    """(part, against, exponent) in the order in which they are to be done."""
+    if {"gate_proj", "up_proj"} <= sizes.keys():
+        yield "up_proj", "down_proj", round(math.log2(sizes["gate_proj"] / sizes["up_proj"]))
+        return
+    if not {"q_proj", "k_proj", "v_proj"} <= sizes.keys():
+        return
+    inside = layer.attention_module
+    if inside is None or getattr(inside, "v_norm", None) is not None:
+        return
+    q, k = sizes["q_proj"], sizes["k_proj"]
+    if getattr(inside, "q_norm", None) is None and getattr(inside, "k_norm", None) is None:
+        exponent = round(math.log2(k / q) / 2)
+        if exponent:
+            yield "q_proj", "k_proj", exponent
+        q, k = q * 2.0**exponent, k * 2.0**-exponent
+    exponent = round(math.log2(max(q, k) / sizes["v_proj"]))
+    if exponent:
+        yield "v_proj", "o_proj", exponent
+
+
+def _size(weight: Any) -> float:
+    return float(weight.detach().abs().amax().item())
+
+
+def _scale(module: Any, against: Any, exponent: int, rows: bool) -> bool:
+    """Scale `module`'s rows and bias by 2^exponent and `against` by its inverse; False where BF16 would round.
+
+    With `rows`, `against` also makes outputs (k against q), so that its bias goes with it.
+    """
+    if exponent == 0:
+        return False
+    changes = [(module.weight, exponent), (module.bias, exponent), (against.weight, -exponent)]
+    if rows:
+        changes.append((against.bias, -exponent))
+    changes = [(value, power) for value, power in changes if value is not None]
+    if not all(_exact(value, power) for value, power in changes):
+        return False
+    for value, power in changes:
+        value.data.mul_(2.0**power)
+    return True
+
+
+def _exact(value: Any, power: int) -> bool:
+    """Whether multiplying by 2^power and back gives the same values, none of them infinite."""
+    import torch
+
+    scaled = value.detach() * 2.0**power
+    return bool(torch.equal(scaled * 2.0**-power, value.detach()) and scaled.isfinite().all())
+
+
+def _balance_experts(block: Experts) -> list[tuple[str, str, int]]:
+    """up against down, expert by expert."""
+    done = []
+    weights, half = block.module.gate_up_proj, block.module.gate_up_proj.shape[1] // 2
+    sizes = weights.detach().abs().amax(dim=2)
+    gates, ups = sizes[:, :half].amax(1).tolist(), sizes[:, half:].amax(1).tolist()
+    for expert, (gate, up) in enumerate(zip(gates, ups, strict=True)):
+        if min(gate, up) <= 0 or max(gate / up, up / gate) <= BALANCE_FROM:
+            continue
+        exponent = round(math.log2(gate / up))
+        rows, against = weights.data[expert, half:], block.module.down_proj.data[expert]
+        if _exact(rows, exponent) and _exact(against, -exponent):
+            rows.mul_(2.0**exponent)
+            against.mul_(2.0**-exponent)
+            _, name, down = block.names[expert]
+            done.append((name, down, exponent))
+    return done

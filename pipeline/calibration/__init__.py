@@ -1,0 +1,1 @@
+"""From captions to the ranges that static scales come from."""

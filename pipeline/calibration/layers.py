@@ -1,0 +1,536 @@
+"""The layer stream: one decoder layer at a time runs every batch, is quantized, written and let go.
+
+While layer N computes, one thread reads layer N+1 and another hashes, writes and flushes layer N-1. Each weight is
+read once and each layer runs each batch once: hidden states wait between two layers on the GPU, in host memory or in
+a file. After a layer they may be saved; a killed run goes on from the last ones saved.
+
+The forward is BF16 and passes values through unquantized while ranges are collected, as ModelOpt's and
+llm-compressor's own calibration does, so what a layer computes does not depend on the scheme.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.backends.base import CalibratedBackend, Ranges
+from pipeline.backends.fp8 import NonFiniteWeight, check_finite
+from pipeline.calibration.hidden import HiddenStates, scratch
+from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
+from pipeline.checkpoint.source import SourceError, Tensor
+from pipeline.checkpoint.writer import ShardWriter
+from pipeline.errors import Interrupted, PipelineError
+from pipeline.events import EventLog, rss_bytes
+from pipeline.journal import Digest, Journal, Saved
+from pipeline.plan import LayerUnit, Piece, Plan
+from pipeline.stream import Compute, Totals
+
+if TYPE_CHECKING:
+    import threading
+
+    from pipeline.model.skeleton import Layer, Skeleton
+
+SAVE_SECONDS = float(os.environ.get("PIPELINE_SAVE_SECONDS", "30"))  # tests shorten it
+Span = tuple[float, float]
+
+
+@dataclass
+class Calibrated:
+    """What a call of `run_layers` saw, layer by layer, and did.
+
+    Attributes:
+        layers: how many ran.
+        reads: how often each weight was read.
+        forwards: layer forwards.
+        replayed: layers that an earlier run had finished and that only ran forwards.
+        imports: seconds spent importing torch, transformers and the quantization libraries.
+    """
+
+    layers: int = 0
+    reads: Counter[str] = field(default_factory=Counter)
+    forwards: int = 0
+    replayed: int = 0
+    imports: float = 0.0
+
+
+def import_libraries(plan: Plan) -> float:
+    """Import what a calibrated run needs; returns the seconds, which are reported apart."""
+    begin = time.perf_counter()
+    import accelerate  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.core_model_loading  # noqa: F401
+
+    from pipeline.model.skeleton import quiet
+
+    with quiet():
+        if plan.backend.name == "modelopt":
+            import modelopt.torch.export
+            import modelopt.torch.quantization  # noqa: F401
+    return time.perf_counter() - begin
+
+
+def run_layers(
+    plan: Plan,
+    journal: Journal,
+    log: EventLog,
+    stop: threading.Event,
+    on_progress: Callable[[str, int], None],
+    totals: Totals,
+) -> Calibrated:
+    """Calibrate, quantize and write every decoder layer that the journal has not.
+
+    Args:
+        plan: with a calibration.
+        journal: open; finished layers are skipped and new ones recorded.
+        log: gets a ``layer`` event a layer.
+        stop: when set, the layer under way is finished, the hidden states are saved and `Interrupted` raised.
+        on_progress: called with a label and the bytes read, layer by layer.
+        totals: of this process; added to.
+
+    Raises:
+        CalibrationError: a range gives no usable scale; the module is named.
+        SourceError: a weight is not finite, a file changed, or transformers cannot load a layer.
+        Interrupted: `stop` was set before the last layer.
+    """
+    assert plan.calibration is not None
+    seen = Calibrated()
+    todo = [layer for layer in plan.layers if layer.unit not in journal.done]
+    if not todo:
+        return seen
+    seen.imports = import_libraries(plan)
+    log.write("imports", seconds=round(seen.imports, 3))
+    begun = time.perf_counter()
+    with _settings(plan), ShardWriter(journal.partial, plan.shards) as writer:
+        _Stream(plan, journal, log, stop, on_progress, totals, seen, writer).run(todo[0])
+    totals.seconds += time.perf_counter() - begun
+    if len(journal.done) < plan.units:
+        raise Interrupted("interrupted")
+    return seen
+
+
+class _Stream:
+    """One call of `run_layers`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        journal: Journal,
+        log: EventLog,
+        stop: threading.Event,
+        on_progress: Callable[[str, int], None],
+        totals: Totals,
+        seen: Calibrated,
+        writer: ShardWriter,
+    ) -> None:
+        import torch
+
+        assert plan.calibration is not None and isinstance(plan.backend, CalibratedBackend)
+        self.plan, self.calibration, self.backend = plan, plan.calibration, plan.backend
+        self.journal, self.log, self.stop, self.writer = journal, log, stop, writer
+        self.on_progress, self.totals, self.seen = on_progress, totals, seen
+        self.device = torch.device(self.calibration.device.kind)
+        self.compute = Compute(plan, [piece for layer in plan.layers for piece in layer.pieces])
+        self.buffers = _LayerBuffers(plan.layers, self.device)
+        self.scratch = scratch(plan, journal.partial)
+        self.saved_at = time.monotonic()
+
+    def run(self, first_open: LayerUnit) -> None:
+        """All layers from the last saved hidden states on."""
+        from pipeline.model.skeleton import Skeleton
+
+        begin = time.time()
+        skeleton = Skeleton.build(self.plan.checkpoint, self.plan.selection, self.device)
+        self.backend.prepare(skeleton, self.plan.selection)
+        hidden = HiddenStates(self.plan, self.device, self.scratch)
+        try:
+            calls = self._embed(skeleton, hidden)
+            first = self._restore(hidden, first_open.index)
+            self.log.write("skeleton", span=[begin, time.time()], first=first, place=self.calibration.place)
+            with (
+                ThreadPoolExecutor(1, thread_name_prefix="read") as reader,
+                ThreadPoolExecutor(1, thread_name_prefix="write") as behind,
+                ThreadPoolExecutor(self.plan.threads, thread_name_prefix="quantize") as pool,
+            ):
+                self._pass(self.plan.layers[first:], skeleton, hidden, calls, reader, behind, pool)
+        finally:
+            hidden.close()
+
+    def _pass(
+        self,
+        layers: tuple[LayerUnit, ...],
+        skeleton: Skeleton,
+        hidden: HiddenStates,
+        calls: list[list[dict[str, Any]]],
+        reader: ThreadPoolExecutor,
+        behind: ThreadPoolExecutor,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        ahead = reader.submit(self._read, layers[0])
+        writing: Future[None] | None = None
+        for position, unit in enumerate(layers):
+            raw, read = ahead.result()
+            last = position + 1 == len(layers)
+            if not last:
+                ahead = reader.submit(self._read, layers[position + 1])
+            done = unit.unit in self.journal.done
+            made, ranges, timing = self._one(unit, raw, skeleton, hidden, calls, done)
+            timing["read"] = read
+            self.seen.layers += 1
+            if writing is not None:
+                writing.result()
+            if done:
+                self.seen.replayed += 1
+                self.buffers.give_back(raw)
+                self._log_layer(unit, timing, {"replayed": True, "bytes_written": 0})
+            else:
+                writing = behind.submit(self._write, unit, raw, made, ranges, timing, pool)
+            del made
+            self.on_progress(unit.label, unit.nbytes)
+            stopping = self.stop.is_set() and not last
+            if not done and not last and (stopping or time.monotonic() - self.saved_at >= SAVE_SECONDS):
+                assert writing is not None
+                writing.result()  # what is saved speaks of layers that are on the device
+                self._save(hidden, unit)
+            if stopping:
+                break
+        if writing is not None:
+            writing.result()
+
+    # --- one layer ---
+
+    def _one(
+        self,
+        unit: LayerUnit,
+        raw: _RawLayer,
+        skeleton: Skeleton,
+        hidden: HiddenStates,
+        calls: list[list[dict[str, Any]]],
+        done: bool,
+    ) -> tuple[dict[str, Any], Ranges, dict[str, Any]]:
+        """Load, run, and, where an earlier run has not done so already, quantize a layer."""
+        import torch
+
+        timing: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.time()
+        layer = skeleton.load_layer(unit.index, raw.tensors)
+        self._wait()
+        timing["load"] = (begin, time.time())
+        counts = _count_expert_tokens(layer)
+
+        def forward() -> None:
+            start = time.time()
+            for number in range(len(calls)):
+                result = layer.module(hidden.take(number), **calls[number][unit.index])
+                hidden.put(number, result[0] if isinstance(result, tuple) else result)
+                self.seen.forwards += 1
+            self._wait()
+            timing["forward"] = (start, time.time())
+
+        made: dict[str, Any] = {}
+        with torch.no_grad():
+            ranges = self.backend.calibrate(layer, forward)
+            ranges.tokens_of_experts = counts()
+            if not done:
+                begin = time.time()
+                made = self.backend.finish(layer, ranges)
+                self._wait()
+                timing["quantize"] = (begin, time.time())
+                _check_made(unit, made, self.plan)
+        timing["device_bytes"] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        skeleton.drop_layer(unit.index)
+        return made, ranges, timing
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    # --- reading ---
+
+    def _read(self, unit: LayerUnit) -> tuple[_RawLayer, Span]:
+        """Read a layer's tensors, each once, and look for NaN and Inf in them."""
+        raw = self.buffers.take()
+        begin = time.time()
+        order = sorted(unit.tensors, key=lambda tensor: (tensor.shard, tensor.offset))
+        for index in dict.fromkeys(tensor.shard for tensor in order):
+            shard = self.plan.checkpoint.shards[index]
+            file = open_shard(shard)
+            try:
+                here = [tensor for tensor in order if tensor.shard == index]
+                for tensor in here:
+                    announce(file, tensor.offset, tensor.nbytes)
+                for tensor in here:
+                    view = raw.add(tensor)
+                    read_exactly(file, shard, tensor.name, tensor.offset, view)
+                    self.seen.reads[tensor.name] += 1
+                    _refuse_not_finite(tensor, view)
+            finally:
+                os.close(file)
+            refuse_changed(shard)
+        self.totals.bytes_read += unit.nbytes
+        return raw, (begin, time.time())
+
+    # --- writing ---
+
+    def _write(
+        self,
+        unit: LayerUnit,
+        raw: _RawLayer,
+        made: dict[str, Any],
+        ranges: Ranges,
+        timing: dict[str, Any],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """Put a finished layer into the shards, flush, record it."""
+        begin = time.time()
+
+        def compute(piece: Piece) -> list[Digest]:
+            data, used = self.compute.result(piece, raw.view(piece))
+            digests = [
+                self._put(write.tensor, write.offset, data[write.start : write.start + write.nbytes])
+                for write in piece.writes
+                if write.tensor not in made  # what balancing changed is the backend's
+            ]
+            self.compute.give_back(used)
+            return digests
+
+        def put(name: str) -> list[Digest]:
+            return [self._put(name, self.plan.outputs[name].offset, _bytes_of(made[name]))]
+
+        futures = [pool.submit(compute, piece) for piece in unit.pieces] + [pool.submit(put, name) for name in made]
+        digests = [digest for future in futures for digest in future.result()]
+        self.writer.flush()
+        self.journal.finish(unit.unit, digests, ranges.as_json())
+        self.buffers.give_back(raw)
+        written = sum(digest.nbytes for digest in digests)
+        timing["write"] = (begin, time.time())
+        self._log_layer(unit, timing, {"bytes_written": written})
+        self.totals.units += 1
+        self.totals.bytes_written += written
+
+    def _put(self, name: str, offset: int, data: memoryview) -> Digest:
+        self.writer.write(self.plan.outputs[name].shard, offset, data)
+        return Digest(name, offset, len(data), hashlib.sha256(data).hexdigest())
+
+    def _log_layer(self, unit: LayerUnit, timing: dict[str, Any], more: dict[str, Any]) -> None:
+        tokens, (begin, end) = self.calibration.batches.tokens, timing["forward"]
+        rate = round(tokens / max(end - begin, 1e-9))
+        self.log.write(
+            "layer", label=unit.label, index=unit.index, **timing, bytes_read=unit.nbytes, tokens=tokens,
+            tokens_per_s=rate, rss_bytes=rss_bytes(), **more,
+        )  # fmt: skip
+
+    # --- hidden states before the first layer, and between two runs ---
+
+    def _embed(self, skeleton: Skeleton, hidden: HiddenStates) -> list[list[dict[str, Any]]]:
+        """Fill in the hidden states before the first layer; returns what every layer is called with, by batch."""
+        import torch
+
+        checkpoint = self.plan.checkpoint
+        tensor = checkpoint.tensors[skeleton.embedding_tensor]
+        shard = checkpoint.shards[tensor.shard]
+        file = open_shard(shard)
+
+        def rows(ids: list[int]) -> Any:
+            """Single rows: a batch needs a few hundred of them, and the table may be larger than a layer."""
+            width = tensor.nbytes // tensor.shape[0]
+            data = bytearray(len(ids) * width)
+            for place, token in enumerate(ids):
+                if not 0 <= token < tensor.shape[0]:
+                    raise SourceError(
+                        f"{tensor.name}: it has {tensor.shape[0]} rows, but the tokenizer gives token {token}; the "
+                        "tokenizer belongs to another model"
+                    )
+                view = memoryview(data)[place * width : (place + 1) * width]
+                read_exactly(file, shard, tensor.name, tensor.offset + token * width, view)
+            _refuse_not_finite(tensor, memoryview(data))
+            table = torch.frombuffer(data, dtype=_torch_dtypes()[tensor.dtype]).view(len(ids), tensor.shape[1])
+            return table.to(device=self.device, dtype=torch.bfloat16)
+
+        try:
+            known: dict[tuple[int, int], list[dict[str, Any]]] = {}
+            calls = []
+            batches = self.calibration.batches.batches
+            for number, (state, each) in enumerate(skeleton.first_inputs(batches, rows)):
+                hidden.put(number, state)
+                shape = batches[number].rows, batches[number].length
+                calls.append(known.setdefault(shape, each))  # nothing is padded: the shape decides positions and masks
+            return calls
+        finally:
+            os.close(file)
+
+    def _restore(self, hidden: HiddenStates, first_open: int) -> int:
+        """Go back to the hidden states that were saved last; returns the layer that comes next."""
+        saved = self.journal.saved
+        if saved is None or saved.layer >= first_open:
+            return 0
+        if not hidden.load(self.scratch / saved.file, saved.nbytes, saved.sha256):
+            self.log.write("hidden_lost", layer=saved.layer, file=saved.file)
+            return 0
+        return saved.layer + 1
+
+    def _save(self, hidden: HiddenStates, unit: LayerUnit) -> None:
+        """One generation is kept: the one before goes once the journal knows the new one."""
+        begin, before = time.time(), self.journal.saved
+        name = f"hidden-{unit.index:05d}.bin"
+        nbytes, digest = hidden.save(self.scratch / name)
+        self.journal.save(Saved(unit.index, name, nbytes, digest))
+        if before is not None and before.file != name:
+            (self.scratch / before.file).unlink(missing_ok=True)
+        self.saved_at = time.monotonic()
+        self.log.write("hidden_saved", layer=unit.index, bytes=nbytes, span=[begin, time.time()])
+
+
+# --- what a layer is read into -----------------------------------------------------------------------
+
+ALIGNMENT = 64
+
+
+class _RawLayer:
+    """A layer's bytes as they were read, and torch's view of them."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage  # uint8, pinned where a GPU takes it from here
+        self._memory = memoryview(storage.numpy())
+        self._places: dict[str, tuple[Tensor, int]] = {}
+        self._filled = 0
+        self.tensors: dict[str, Any] = {}
+
+    def clear(self) -> None:
+        self._places.clear()
+        self.tensors.clear()
+        self._filled = 0
+
+    def add(self, tensor: Tensor) -> memoryview:
+        """Where the tensor's bytes belong."""
+        start = self._filled
+        self._filled += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self._places[tensor.name] = tensor, start
+        flat = self._storage[start : start + tensor.nbytes].view(_torch_dtypes()[tensor.dtype])
+        self.tensors[tensor.name] = flat.view(tensor.shape)
+        return self._memory[start : start + tensor.nbytes]
+
+    def view(self, piece: Piece) -> memoryview:
+        """The bytes of a piece of one of these tensors."""
+        tensor, start = self._places[piece.tensor]
+        begin = start + piece.offset - tensor.offset
+        return self._memory[begin : begin + piece.nbytes]
+
+
+class _LayerBuffers:
+    """Reused memory for layers: one is read, one computed, one written."""
+
+    def __init__(self, layers: tuple[LayerUnit, ...], device: Any) -> None:
+        self._size = max(layer.nbytes + ALIGNMENT * len(layer.tensors) for layer in layers)
+        self._pinned = device.type == "cuda"
+        self._free: list[_RawLayer] = []
+
+    def take(self) -> _RawLayer:
+        import torch
+
+        try:
+            return self._free.pop()
+        except IndexError:
+            return _RawLayer(torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned))
+
+    def give_back(self, raw: _RawLayer) -> None:
+        raw.clear()
+        self._free.append(raw)
+
+
+def _torch_dtypes() -> dict[str, Any]:
+    import torch
+
+    return {
+        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip
+
+
+def _bytes_of(value: Any) -> memoryview:
+    import torch
+
+    return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _refuse_not_finite(tensor: Tensor, data: memoryview) -> None:
+    try:
+        check_finite(data, tensor.dtype)
+    except NonFiniteWeight:
+        raise SourceError(
+            f"{tensor.name}: NaN or Inf; the checkpoint is damaged or the training diverged, use a sound one"
+        ) from None
+
+
+# --- guards and settings -----------------------------------------------------------------------------
+
+
+def _check_made(unit: LayerUnit, made: dict[str, Any], plan: Plan) -> None:
+    """What the plan promised, with its shape and dtype; a failure here is a mistake of this program."""
+    import torch
+
+    dtypes = {**_torch_dtypes(), "F8_E4M3": torch.float8_e4m3fn}
+    if missing := [name for name in unit.made if name not in made]:
+        raise PipelineError(f"{missing[0]}: {plan.backend.name} made no such tensor; please report it")
+    for name, value in made.items():
+        output = plan.outputs.get(name)
+        if output is None or (dtypes[output.dtype], output.shape) != (value.dtype, tuple(value.shape)):
+            planned = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
+            raise PipelineError(f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}; please report it")
+
+
+def _count_expert_tokens(layer: Layer) -> Callable[[], dict[str, list[int]]]:
+    """Count what a router sends to each expert; the function returned ends the counting."""
+    import torch
+
+    counts: dict[str, Any] = {}
+    hooks = []
+    for block in layer.experts:
+        name, experts = f"{layer.prefix}.{block.path}", len(block.names)
+
+        def look(_module: Any, args: Any, kwargs: Any, name: str = name, experts: int = experts) -> None:
+            chosen = next(
+                value for value in (*args, *kwargs.values())
+                if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+            )  # fmt: skip
+            numbers = torch.arange(experts, device=chosen.device)
+            seen = (chosen.reshape(-1, 1) == numbers).sum(0)
+            counts[name] = seen if name not in counts else counts[name] + seen
+
+        hooks.append(block.module.register_forward_pre_hook(look, with_kwargs=True))
+
+    def end() -> dict[str, list[int]]:
+        for hook in hooks:
+            hook.remove()
+        return {name: value.tolist() for name, value in counts.items()}
+
+    return end
+
+
+@contextmanager
+def _settings(plan: Plan) -> Iterator[None]:
+    """The same bits every time: deterministic kernels, and on a CPU a fixed number of threads."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(plan.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+        torch.utils.deterministic.fill_uninitialized_memory = filled

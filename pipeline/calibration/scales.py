@@ -1,0 +1,92 @@
+"""KV-cache scales: their names, their rounding, and when a range looks wrong.
+
+A scale is amax/448, the largest finite E4M3 value (OCP 8-bit Floating Point Specification, section 5.2). vLLM holds
+scales in BF16: written as BF16 and rounded up, the range's own maximum still fits.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class ScaleNames:
+    """Tensor names, from the attention's prefix on (``model.layers.0.self_attn``), and a scale's shape.
+
+    Attributes:
+        names: for k, v, q and prob.
+        shape: of each tensor.
+        seen: the vLLM versions that were seen to load these names, and how.
+    """
+
+    names: Mapping[str, str]
+    shape: tuple[int, ...]
+    seen: tuple[str, ...]
+
+
+_FOUR = {"k": "k_scale", "v": "v_scale", "q": "q_scale", "prob": "attn.prob_scale"}
+_THREE = {key: name for key, name in _FOUR.items() if key != "prob"}
+
+# ModelOpt's own k_proj.k_scale fails at load in vLLM 0.24.0 on Qwen2.5-VL; compressed-tensors refuses a prob_scale.
+SCALE_NAMES = {
+    "modelopt": ScaleNames(_FOUR, (), ("0.24.0 on an H200", "0.32.0 on a CPU")),
+    "compressed-tensors": ScaleNames(_THREE, (1,), ("0.24.0 on an H200", "0.32.0 on a CPU")),
+}
+
+
+def bf16_up(value: float) -> float:
+    """The smallest BF16 number that is not below `value`, which is positive and in BF16's range."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    found: float = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0]
+    if found < value:
+        found = struct.unpack("<f", struct.pack("<I", (bits & 0xFFFF0000) + 0x10000))[0]
+    return found
+
+
+def cache_scale(amax: float) -> float:
+    """The scale of keys, values or queries whose largest magnitude is `amax`: amax/448 as BF16, rounded up."""
+    return bf16_up(amax / E4M3_MAX)
+
+
+PROB_SCALE = cache_scale(1.0)  # a probability is at most one
+
+
+def usable(value: float) -> bool:
+    """Whether a range or a scale is finite and positive."""
+    return math.isfinite(value) and value > 0
+
+
+# E4M3 at scale 1.0 clips above 448 and has lost half its mantissa's bits below 2**-8.
+LARGE, SMALL, STRANGE = E4M3_MAX, 2.0**-6, 32.0
+
+
+def suspicious(ranges: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """What a careful user should know of the ranges of keys and values, layer by layer.
+
+    Args:
+        ranges: layer index to largest magnitudes, under ``k`` and ``v``.
+    """
+    found = []
+    for key, word in (("k", "keys"), ("v", "values")):
+        seen = sorted(amax[key] for amax in ranges.values() if key in amax)
+        if not seen:
+            continue
+        middle = seen[len(seen) // 2]
+        for layer, amax in sorted(ranges.items()):
+            if key not in amax:
+                continue
+            value, said = amax[key], []
+            if value > LARGE:
+                said.append("above 448: a server without the checkpoint's scales would clip them")
+            if value < SMALL:
+                said.append("below 2^-6: a server without the checkpoint's scales would lose them")
+            if value > STRANGE * middle or value * STRANGE < middle:
+                said.append(f"the median layer has {middle:.3g}")
+            if said:
+                found.append(f"layer {layer}: {word} reach {value:.4g}; {'; '.join(said)}")
+    return found

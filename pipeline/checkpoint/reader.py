@@ -1,0 +1,59 @@
+"""Reading a source's shards: the bytes that the plan names, or a sentence about why they are not there."""
+
+from __future__ import annotations
+
+import os
+
+from pipeline.checkpoint.source import Checkpoint, Shard, SourceError, Tensor
+
+
+def open_shard(shard: Shard) -> int:
+    """A file descriptor of a shard that has not changed since its header was read."""
+    assert shard.path is not None, "a run resolves its source with all shards present"
+    refuse_changed(shard)
+    try:
+        file = os.open(shard.path, os.O_RDONLY)
+    except OSError as error:
+        raise SourceError(f"{shard.path}: cannot be opened any more: {error.strerror}") from None
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return file
+
+
+def refuse_changed(shard: Shard) -> None:
+    """Before a shard is read, and again before what was read of it is recorded as done."""
+    assert shard.path is not None
+    try:
+        status = os.stat(shard.path)
+    except OSError as error:
+        raise SourceError(f"{shard.path}: it is gone: {error.strerror}; restore it, then run again") from None
+    if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
+        raise SourceError(
+            f"{shard.path}: the file changed since the plan was made; let it settle, then start over with --fresh"
+        )
+
+
+def announce(file: int, offset: int, nbytes: int) -> None:
+    """Ask the kernel for what comes next, so that the drive never waits for the reading thread."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def read_exactly(file: int, shard: Shard, tensor: str, offset: int, into: memoryview) -> None:
+    """Fill `into` from `offset` of a shard's file; `tensor` is named in errors."""
+    while into:
+        try:
+            count = os.preadv(file, [into], offset)
+        except OSError as error:
+            raise SourceError(f"{shard.path}: reading {tensor} failed: {error.strerror}; check the drive") from None
+        if count == 0:
+            raise SourceError(f"{shard.path}: the file ends at byte {offset:,}, inside {tensor}; fetch it again")
+        into, offset = into[count:], offset + count
+
+
+def read_tensor(checkpoint: Checkpoint, tensor: Tensor, start: int = 0, count: int | None = None) -> bytes:
+    """`count` bytes of a tensor from `start`, all of it by default; for checks, which read here and there."""
+    path = checkpoint.shards[tensor.shard].path
+    assert path is not None
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), tensor.nbytes - start if count is None else count, tensor.offset + start)

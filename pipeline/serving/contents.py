@@ -1,0 +1,184 @@
+"""The contents of a checkpoint against the hashes of its run, and against its source quantized once more."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+from pipeline.backends.fp8 import NonFiniteWeight, transpose
+from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.checkpoint.reader import read_tensor
+from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
+from pipeline.journal import JOURNAL, read_pieces
+from pipeline.model.selection import Selection, select
+from pipeline.serving.verify import Report, expected_modules
+
+CHUNK = 16 << 20
+
+def check_hashes(result: Checkpoint, report: Report) -> None:
+    try:
+        pieces = read_pieces(result.root)
+    except ValueError:
+        report.problems.append(f"{JOURNAL}: it is damaged")
+        return
+    if pieces is None:
+        report.checked.append("no hashes were recorded for this checkpoint")
+        return
+    covered: Counter[str] = Counter()
+    for piece in pieces:
+        tensor = result.tensors.get(piece.tensor)
+        if tensor is None:
+            report.problems.append(f"{piece.tensor}: recorded by the run, absent here")
+            continue
+        covered[piece.tensor] += piece.nbytes
+        digest = hashlib.sha256()
+        for start in range(0, piece.nbytes, CHUNK):
+            count = min(CHUNK, piece.nbytes - start)
+            digest.update(read_tensor(result, tensor, piece.offset - tensor.offset + start, count))
+        if digest.hexdigest() != piece.sha256:
+            report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
+    for name, tensor in result.tensors.items():
+        if covered[name] != tensor.nbytes:
+            report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
+    report.checked.append(f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run")
+
+
+def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Report) -> None:
+    """What stays against the source, and what is quantized against the source quantized once more."""
+    selection, same, again, other = select(source), 0, 0, 0
+    ours = (result.root / JOURNAL).exists()
+    powers = _powers(result)
+    for name, tensor in source.tensors.items():
+        found, role = result.tensors.get(name), selection.choices[name].role
+        if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
+            same += 1
+            if not _equal(source, tensor, result, found) and not _scaled(source, tensor, result, found, powers):
+                report.problems.append(f"{name}: it was to stay as it is, but its bytes differ from the source's")
+        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
+            again += 1
+            try:
+                if method == "modelopt":
+                    wrong = _repack(source, tensor, result, role, selection, powers)
+                else:
+                    wrong = _requantize(source, tensor, result, role, selection)
+            except NonFiniteWeight:
+                report.problems.append(f"{name}: NaN or Inf in the source")
+                continue
+            if wrong and not ours:
+                other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
+            elif wrong:
+                numerics = "ModelOpt's" if method == "modelopt" else "llm-compressor's"
+                report.problems.append(
+                    f"{wrong}: not what the source's {name} gives when it is quantized ({numerics} numerics on a CPU)"
+                )
+    report.checked.append(f"{same} tensors that stay as they are: byte for byte the source's")
+    if powers:
+        report.checked.append(f"{len(powers)} modules were balanced: the source times a power of two, against each other")
+    bits = f"the same bits but for {other}, made elsewhere" if other else "the same bits"
+    report.checked.append(f"{again} source tensors quantized once more: {bits}")
+
+
+def _powers(result: Checkpoint) -> dict[str, int]:
+    """By module, the power of two that the run says it scaled the rows by, or minus that of the columns."""
+    path = result.root / "quantize" / "calibration.json"
+    if not path.exists():
+        return {}
+    powers: dict[str, int] = {}
+    for layer in read_json(path).get("layers", []):
+        for one, against, exponent in layer.get("balanced", []):
+            powers[one] = powers.get(one, 0) + exponent
+            powers[against] = powers.get(against, 0) - exponent
+    return powers
+
+
+def _scaled(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor, powers: dict[str, int]) -> bool:
+    """Whether a bias is the source's times its module's power of two."""
+    import torch
+
+    power = powers.get(tensor.name.removesuffix(".bias"), 0)
+    if not power or not tensor.name.endswith(".bias") or tensor.dtype != "BF16":
+        return False
+    values = [torch.frombuffer(bytearray(read_tensor(c, t)), dtype=torch.bfloat16) for c, t in ((a, tensor), (b, other))]
+    return bool(torch.equal(values[0] * 2.0**power, values[1]))
+
+
+def _repack(
+    source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection, powers: dict[str, int]
+) -> str | None:
+    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale clips anything."""
+    import torch
+    from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
+
+    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
+    modules = list(expected_modules(tensor.name, tensor, role, selection))
+    each = len(modules) // layout.experts if layout else 1
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    position = 0
+    for first in range(0, len(modules), each):
+        stacked = modules[first : first + each]
+        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
+        size = rows * columns * DTYPE_BYTES[tensor.dtype]
+        flat = torch.frombuffer(bytearray(read_tensor(source, tensor, position, size)), dtype=kinds[tensor.dtype])
+        position += size
+        turned = layout is not None and layout.transposed
+        weight = (flat.view(columns, rows).t() if turned else flat.view(rows, columns)).to(torch.bfloat16)
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteWeight(None)
+        for (module, _, _), part in zip(stacked, weight.split([module[1] for module in stacked]), strict=True):
+            codes, scale = (result.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "weight_scale"))
+            if codes is None or scale is None or scale.dtype != "F32":
+                return f"{module}.weight"
+            part = part.contiguous() * 2.0 ** powers.get(module, 0)
+            factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=torch.float32).view(())
+            if float(part.abs().amax()) > float(factor) * 448.0 * (1 + 2.0**-20):
+                return f"{module}.weight_scale"
+            made = to_quantized_weight(part, factor, QUANTIZATION_FP8).view(torch.uint8)
+            if read_tensor(result, codes) != made.numpy().tobytes():
+                return f"{module}.weight"
+    return None
+
+
+def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
+    starts = range(0, tensor.nbytes, CHUNK)
+    sizes = [min(CHUNK, tensor.nbytes - start) for start in starts]
+    return all(read_tensor(a, tensor, s, n) == read_tensor(b, other, s, n) for s, n in zip(starts, sizes, strict=True))
+
+
+def _requantize(source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection) -> str | None:
+    """The first output tensor whose bytes are not those of `tensor` quantized again; None if all are."""
+    quantize, width = FP8Dynamic().quantizer(tensor.dtype), DTYPE_BYTES[tensor.dtype]
+    modules = list(expected_modules(tensor.name, tensor, role, selection))
+    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
+    each = len(modules) // layout.experts if layout else 1
+    position = 0
+    for first in range(0, len(modules), each):
+        stacked = modules[first : first + each]
+        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
+        turned = layout is not None and layout.transposed
+        step = rows if turned else max(1, CHUNK // (columns * width))
+        codes, scales = bytearray(rows * columns), bytearray(rows * width)
+        for top in range(0, rows, step):
+            count = min(step, rows - top)
+            data = bytearray(read_tensor(source, tensor, position, count * columns * width))
+            position += len(data)
+            if turned:
+                flat, data = data, bytearray(len(data))
+                transpose(flat, data, columns, rows, width)
+            quantize(
+                data,
+                memoryview(codes)[top * columns : (top + count) * columns],
+                memoryview(scales)[top * width : (top + count) * width],
+                count,
+                columns,
+            )
+        top = 0
+        for module, height, _ in stacked:
+            for suffix, made in (
+                ("weight", codes[top * columns : (top + height) * columns]),
+                ("weight_scale", scales[top * width : (top + height) * width]),
+            ):
+                found = result.tensors.get(f"{module}.{suffix}")
+                if found is not None and read_tensor(result, found) != made:
+                    return f"{module}.{suffix}"
+            top += height
+    return None
