@@ -25,7 +25,7 @@ from pipeline.backends.llmcompressor import FP8Dynamic, FP8DynamicKV
 from pipeline.backends.modelopt import ModelOptFP8
 from pipeline.calibration.batches import BATCH_TOKENS, Batches, make_batches, tokenize
 from pipeline.calibration.captions import CaptionSet, load_captions
-from pipeline.calibration.machine import Device, Needs, Place, choose_device, choose_place
+from pipeline.calibration.machine import Device, Needs, Place, choose_device, choose_place, import_libraries
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import PipelineError, UsageError
 from pipeline.model.selection import (
@@ -38,7 +38,7 @@ from pipeline.model.selection import (
     select,
     text_config,
 )
-from pipeline.recipe import Recipe, not_yet_built
+from pipeline.recipe import Recipe, not_yet_built, parse_size
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost
@@ -160,6 +160,7 @@ class CalibrationPlan:
     place_why: str
     needs: Needs
     layers: tuple[LayerUnit, ...]
+    imports: float  # seconds that importing torch and transformers took
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,7 @@ def _plan_calibration(
     recipe: Recipe, checkpoint: Checkpoint, layers: tuple[LayerUnit, ...], outputs: Mapping[str, OutputTensor]
 ) -> CalibrationPlan:
     assert recipe.calibration is not None, "the recipe's own check asks for it"
+    imports = import_libraries()
     captions = load_captions(recipe.calibration)
     sequences = tokenize(captions.texts, checkpoint.root, recipe.calibration.template)
     batches = make_batches(sequences, recipe.calibration.max_length)
@@ -304,11 +306,12 @@ def _plan_calibration(
         hidden=batches.tokens * hidden * 2,
         activations=tokens * (4 * widest + 12 * hidden) * 2,
     )
-    device = choose_device(recipe.runtime.device)
+    limit = recipe.runtime.device_memory
+    device = choose_device(recipe.runtime.device, parse_size(limit) if limit else None)
     output = Path(recipe.output).expanduser().absolute()
     work = Path(recipe.runtime.work_directory).expanduser() if recipe.runtime.work_directory else output.parent
     place, why = choose_place(recipe.runtime.hidden_states, device, needs, work)
-    return CalibrationPlan(captions, batches, device, place, why, needs, layers)
+    return CalibrationPlan(captions, batches, device, place, why, needs, layers, imports)
 
 
 def _hidden_size(layers: tuple[LayerUnit, ...]) -> int:

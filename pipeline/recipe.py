@@ -102,8 +102,16 @@ class Runtime(Section):
     hidden_states: Literal["auto", "device", "host", "file"] = Field(
         "auto", description="Where hidden states wait between two layers: the GPU, (pinned) memory, or a file."
     )
+    device_memory: str | None = Field(None, description="At most so much of the GPU's memory, e.g. 16GB; null: all.")
     work_directory: str | None = Field(None, description="Where scratch files go; null: beside the output.")
     vllm_python: str | None = Field(None, description="The Python of vLLM's own environment.")
+
+    @field_validator("device_memory")
+    @classmethod
+    def _device_memory(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
 
 
 class Common(Section):
@@ -185,7 +193,7 @@ def parse_size(text: str) -> int:
     except OverflowError:
         raise ValueError("no disk is that large") from None
     if size < 10**6:
-        raise ValueError("the smallest shard is 1MB")
+        raise ValueError("the smallest size here is 1MB")
     return size
 
 
@@ -345,7 +353,11 @@ def parse(text: str, file: str = "recipe.yaml", overrides: Sequence[str] = ()) -
     except ValidationError as error:
         details = _details(error)
         if details[0]["type"].startswith("union_tag"):  # the rest was not looked at: do it without the tag
-            rest = {key: value for key, value in document.data.items() if key not in ("backend", "scheme", "backend_options")}
+            rest = {
+                key: value
+                for key, value in document.data.items()
+                if key not in ("backend", "scheme", "backend_options")
+            }
             details += _mistakes(Common, rest)
         problems += [_explain(document, file, detail) for detail in details]
     problems += _contradictions(document, file)

@@ -122,9 +122,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
     return False
 
 
-def _convert(
-    plan: Plan, journal: Journal, console: Console, stop: Stop
-) -> tuple[Totals, Report, Calibrated | None]:
+def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tuple[Totals, Report, Calibrated | None]:
     partial = journal.partial
     log = EventLog(partial / "quantize" / "events.jsonl")
     try:

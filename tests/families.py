@@ -78,6 +78,23 @@ def build(name: str, device: str) -> Any:
     return model.eval()
 
 
+def add_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer: ids 4 to 259 are bytes; 0 to 3 pad, begin, end and turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<turn>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<turn>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = "{% for m in messages %}<turn>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>",
+                "eos_token": "</s>", "model_max_length": 256, "chat_template": template}  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def save(name: str, directory: Path) -> Path:
     """Save a family's model in several shards, with the hub's names and, for fused experts, the hub's layout."""
     import torch
@@ -100,4 +117,5 @@ def save(name: str, directory: Path) -> Path:
                 if key.endswith((".experts.gate_up_proj", ".experts.down_proj")):
                     tensors[key] = tensors[key].transpose(1, 2).contiguous()
             save_file(tensors, path, metadata={"format": "pt"})
+    add_tokenizer(directory)
     return directory

@@ -37,7 +37,7 @@ class Backend(Protocol):
         """The ``quantization_config`` of the result's config.json."""
 
     def extra_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
-        """JSON files that the scheme has beside config.json, by name; config.json itself, where it is not the source's."""
+        """JSON files that the scheme has besides, by name; config.json itself, where it is not the source's."""
 
     def versions(self, dtypes: set[str]) -> dict[str, str]:
         """The libraries that decide the bits of weights of these dtypes, for a run's identity."""

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import CalibrationError, Output, Ranges
-from pipeline.calibration.scales import PROB_SCALE, SCALE_NAMES, cache_scale, usable
+from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, cache_scale, usable
 from pipeline.model.selection import FUSED_LINEARS, Selection
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ModelOptFP8:
         return section
 
     def extra_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
-        """``hf_quant_config.json``, the section in ModelOpt's older form; in exact mode both files are ModelOpt's own."""
+        """``hf_quant_config.json``, the section in an older form; in exact mode both files are ModelOpt's own."""
         if self.exact:
             return self._exact_files(checkpoint, selection)
         return {
@@ -101,12 +101,17 @@ class ModelOptFP8:
         }
 
     def _exact_files(self, checkpoint: Checkpoint, selection: Selection) -> dict[str, Any]:
+        import contextlib
         import json
         import tempfile
         from pathlib import Path
 
         import torch
-        from modelopt.torch.export.quant_aware_conversion import build_reverse_name_mapper, revert_quant_config_names
+        from modelopt.torch.export.quant_aware_conversion import (
+            QuantConversionUnsupportedError,
+            build_reverse_name_mapper,
+            revert_quant_config_names,
+        )
         from modelopt.torch.export.quant_utils import get_quant_config
         from modelopt.torch.export.unified_export_hf import _write_hf_export_config
 
@@ -116,9 +121,10 @@ class ModelOptFP8:
         self.prepare(skeleton, selection)
         with quiet(), tempfile.TemporaryDirectory() as directory:
             found = get_quant_config(skeleton.model)
-            mapper = build_reverse_name_mapper(skeleton.model)
-            if mapper is not None:
-                revert_quant_config_names(found["quantization"], mapper)
+            with contextlib.suppress(QuantConversionUnsupportedError):  # then ModelOpt keeps transformers' names, too
+                mapper = build_reverse_name_mapper(skeleton.model)
+                if mapper is not None:
+                    revert_quant_config_names(found["quantization"], mapper)
             skeleton.model.config.save_pretrained(directory)
             _write_hf_export_config(skeleton.model, found, directory)
             names = ("config.json", "hf_quant_config.json")
@@ -160,7 +166,7 @@ class ModelOptFP8:
             if not self.exact:  # queries as well
                 cache += [{**copy.deepcopy(cache[0]), "quantizer_name": "*q_bmm_quantizer"}]
             rules["quant_cfg"] = rules["quant_cfg"][:3] + cache + rules["quant_cfg"][3:]
-        return rules
+        return dict(rules)
 
     def _refuse_unquantized(self, skeleton: Skeleton, selection: Selection) -> None:
         """Every weight that the plan promises in FP8 must have a quantizer that ModelOpt put there."""
@@ -234,7 +240,10 @@ class ModelOptFP8:
                 module = layer.linears.get(name)
                 if module is not None and module.bias is not None:
                     made[f"{name}.bias"] = module.bias.detach()
-        return {name: value.detach().to("cpu", copy=torch.device(layer.device).type != "cpu") for name, value in made.items()}
+        return {
+            name: value.detach().to("cpu", copy=torch.device(layer.device).type != "cpu")
+            for name, value in made.items()
+        }
 
     def _pack(self, made: dict[str, Any], name: str, weight: Any, amax: float, inputs: Any) -> None:
         import torch
@@ -263,8 +272,8 @@ class ModelOptFP8:
                 )
         if self.exact:
             for key in "kv":
-                value = torch.tensor(ranges.attention[key], dtype=torch.float32) / _BOUND
-                made[f"{layer.attention}.{key}_proj.{key}_scale"] = value
+                seen = torch.tensor(ranges.attention[key], dtype=torch.float32)
+                made[f"{layer.attention}.{key}_proj.{key}_scale"] = seen / _BOUND
             return
         names = SCALE_NAMES["modelopt"]
         for key, name in names.names.items():
@@ -272,7 +281,7 @@ class ModelOptFP8:
             made[f"{layer.attention}.{name}"] = torch.full(names.shape, value, dtype=torch.bfloat16)
 
 
-_BOUND = 448.0
+_BOUND = E4M3_MAX
 
 
 def _amax(quantizer: Any) -> float:
@@ -301,7 +310,12 @@ def _expert_parts(block: Experts) -> Iterator[tuple[str, Any, Any, Any]]:
         quantizer, inputs = module.gate_up_proj_weight_quantizers[expert], module.gate_up_proj_input_quantizer
         yield gate, both[:half], quantizer, inputs
         yield up, both[half:], quantizer, inputs
-        yield down, module.down_proj[expert], module.down_proj_weight_quantizers[expert], module.down_proj_input_quantizer
+        yield (
+            down,
+            module.down_proj[expert],
+            module.down_proj_weight_quantizers[expert],
+            module.down_proj_input_quantizer,
+        )
 
 
 def fused_groups(names: Iterable[str]) -> Iterator[list[str]]:

@@ -71,10 +71,10 @@ def make_batches(sequences: Iterable[list[int]], max_length: int, batch_tokens: 
         batch_tokens: upper bound of a batch's positions; one sequence longer than that is a batch of its own.
     """
     kept, cut = [], 0
-    for ids in sequences:
-        cut += len(ids) > max_length
-        kept.append(ids[:max_length])
-    kept.sort(key=lambda ids: (len(ids), ids))
+    for sequence in sequences:
+        cut += len(sequence) > max_length
+        kept.append(sequence[:max_length])
+    kept.sort(key=lambda row: (len(row), row))
     digest, batches = hashlib.sha256(), []
     for length, group in groupby(kept, key=len):
         rows = list(group)
@@ -84,7 +84,7 @@ def make_batches(sequences: Iterable[list[int]], max_length: int, batch_tokens: 
             ids = array("i", [token for row in part for token in row])
             batches.append(Batch(len(part), length, ids))
             digest.update(f"{len(part)}x{length}:".encode() + ids.tobytes())
-    tokens = sum(len(ids) for ids in kept)
+    tokens = sum(len(row) for row in kept)
     return Batches(tuple(batches), len(kept), tokens, len(kept[0]), len(kept[-1]), cut, digest.hexdigest())
 
 

@@ -29,6 +29,7 @@ COCO_ARCHIVE = "http://images.cocodataset.org/annotations/annotations_trainval20
 BUILDER = "python -m calib_data annotations/captions_train2017.json"
 
 SET_CAPTIONS, SET_MANIFEST = "captions.jsonl", "manifest.json"  # the two files of a built set
+BUILD_AGAIN = "build it again (python -m calib_data ... --force)"
 FILE_SUFFIXES = (".json", ".jsonl", ".txt")
 CAPTION_KEYS = ("caption", "captions", "text", "sentence", "sentences")
 IMAGE_KEYS = ("image_id", "cocoid", "imgid", "file_name", "filename")
@@ -256,7 +257,8 @@ def _read_coco2017() -> Source:
     )
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path, expected: str | None = None) -> Source:
+    """A file's captions; `expected` is the SHA-256 that a built set's manifest has for it."""
     if not path.exists():
         raise UsageError(f"{path}: no such file; calibration needs captions")
     readers: dict[str, Callable[[str, Path], tuple[list[Caption], tuple[Terms, ...]]]]
@@ -268,6 +270,11 @@ def _read_file(path: Path) -> Source:
             f"{path}: captions come as .json (COCO annotations), .jsonl, .txt or a directory, not like this{unpack}"
         )
     raw = path.read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    if expected not in (None, digest):
+        raise UsageError(
+            f"{path}: its SHA-256 is not the one in {SET_MANIFEST}: the set was changed or is damaged; {BUILD_AGAIN}"
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -280,7 +287,7 @@ def _read_file(path: Path) -> Source:
     captions, terms = parse(text, path)
     if not captions:
         raise UsageError(f"{path}: no captions in it")
-    return Source(captions, ((path.name, hashlib.sha256(raw).hexdigest()),), terms)
+    return Source(captions, ((path.name, digest),), terms)
 
 
 def _parse_text(text: str, path: Path) -> tuple[list[Caption], tuple[Terms, ...]]:
@@ -395,22 +402,16 @@ def _read_directory(path: Path) -> Source:
 
 def _read_built(path: Path) -> Source:
     """A set that `python -m calib_data` made, after a look at whether it is still what was made."""
-    again = "build the set again with --force (python -m calib_data)"
     for name in (SET_CAPTIONS, SET_MANIFEST):
         if not (path / name).is_file():
-            raise UsageError(f"{path}: there is no {name} in this set of captions; {again}")
-    source = _read_file(path / SET_CAPTIONS)
+            raise UsageError(f"{path}: there is no {name} in this set of captions; {BUILD_AGAIN}")
     where = path / SET_MANIFEST
     try:
         manifest = _parse_json(where.read_text(encoding="utf-8"), str(where))
         expected, known = manifest["captions"]["sha256"], [manifest.get(key) for key in ("licence", "attribution")]
     except (UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{where}: this is not the manifest of a set of captions; {again}") from None
-    if source.files[0][1] != expected:
-        raise UsageError(
-            f"{path / SET_CAPTIONS}: its SHA-256 is not the one in {SET_MANIFEST}: the set was changed or is damaged; "
-            f"{again}"
-        )
+        raise UsageError(f"{where}: this is not the manifest of a set of captions; {BUILD_AGAIN}") from None
+    source = _read_file(path / SET_CAPTIONS, str(expected))
     terms = (Terms(*known),) if all(isinstance(text, str) for text in known) else ()
     return Source(source.captions, source.files, terms)
 
@@ -422,7 +423,7 @@ def _read_hub(name: str) -> Source:
 
 def _read_dataset(function: str, where: str, name: str, remedy: str) -> Source:
     """The captions of what a function of `datasets` loads, or of one split: train if there is one, else the first."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     try:
         loaded = getattr(datasets, function)(where)
@@ -433,7 +434,8 @@ def _read_dataset(function: str, where: str, name: str, remedy: str) -> Source:
     except UsageError:
         raise
     except Exception as error:  # datasets, its readers and its HTTP client raise what they like
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        said = " ".join(str(cause or error).split())[:200] or type(error).__name__
         raise UsageError(f"{where}: datasets cannot load it ({said}); {remedy}") from None
     if not captions:
         raise UsageError(f"{where}: no captions in it")
@@ -447,7 +449,8 @@ def _of_dataset(dataset: Any, where: str) -> Iterator[Caption]:
     columns = [column for column in (*CAPTION_KEYS, *IMAGE_KEYS) if column in dataset.column_names]
     if not set(columns) & set(CAPTION_KEYS):
         found = ", ".join(dataset.column_names[:12])
-        raise UsageError(f"{where}: found the columns {found}; expected is one of: {', '.join(CAPTION_KEYS)}")
+        coco = "; for COCO annotations name the .json file itself" if "annotations" in dataset.column_names else ""
+        raise UsageError(f"{where}: found the columns {found}; expected is one of: {', '.join(CAPTION_KEYS)}{coco}")
     number = 0
     for batch in dataset.select_columns(columns).with_format(None).iter(1000):  # no pictures are decoded
         for values in zip(*(batch[column] for column in columns), strict=True):

@@ -86,7 +86,7 @@ class HiddenStates:
                 nbytes += len(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        draft.replace(path)
         sync_directory(path.parent)
         return nbytes, digest.hexdigest()
 
@@ -109,7 +109,7 @@ class HiddenStates:
 
     def _chunks(self) -> Any:
         step = max(1, CHUNK // (2 * self._all.shape[1]))
-        return self._all.split(step)
+        return (self._all[start : start + step] for start in range(0, len(self._all), step))
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backends.base import CalibratedBackend, Ranges
 from pipeline.backends.fp8 import NonFiniteWeight, check_finite
 from pipeline.calibration.hidden import HiddenStates, scratch
+from pipeline.calibration.machine import import_libraries
 from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
 from pipeline.checkpoint.source import SourceError, Tensor
 from pipeline.checkpoint.writer import ShardWriter
@@ -60,22 +61,6 @@ class Calibrated:
     imports: float = 0.0
 
 
-def import_libraries(plan: Plan) -> float:
-    """Import what a calibrated run needs; returns the seconds, which are reported apart."""
-    begin = time.perf_counter()
-    import accelerate  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.core_model_loading  # noqa: F401
-
-    from pipeline.model.skeleton import quiet
-
-    with quiet():
-        if plan.backend.name == "modelopt":
-            import modelopt.torch.export
-            import modelopt.torch.quantization  # noqa: F401
-    return time.perf_counter() - begin
-
-
 def run_layers(
     plan: Plan,
     journal: Journal,
@@ -104,7 +89,7 @@ def run_layers(
     todo = [layer for layer in plan.layers if layer.unit not in journal.done]
     if not todo:
         return seen
-    seen.imports = import_libraries(plan)
+    seen.imports = plan.calibration.imports + import_libraries(plan.backend.name)
     log.write("imports", seconds=round(seen.imports, 3))
     begun = time.perf_counter()
     with _settings(plan), ShardWriter(journal.partial, plan.shards) as writer:
@@ -486,7 +471,9 @@ def _check_made(unit: LayerUnit, made: dict[str, Any], plan: Plan) -> None:
         output = plan.outputs.get(name)
         if output is None or (dtypes[output.dtype], output.shape) != (value.dtype, tuple(value.shape)):
             planned = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
-            raise PipelineError(f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}; please report it")
+            raise PipelineError(
+                f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}; please report it"
+            )
 
 
 def _count_expert_tokens(layer: Layer) -> Callable[[], dict[str, list[int]]]:
@@ -524,13 +511,14 @@ def _settings(plan: Plan) -> Iterator[None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    filled = deterministic.fill_uninitialized_memory
     torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled

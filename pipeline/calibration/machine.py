@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,8 +56,29 @@ class Needs:
         return 2 * self.layer + self.made + self.activations
 
 
-def choose_device(wanted: str) -> Device:
+def import_libraries(backend: str | None = None) -> float:
+    """Import torch and transformers, and what a backend needs besides; returns the seconds, to be told apart."""
+    begin = time.perf_counter()
+    import accelerate  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.core_model_loading  # noqa: F401
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
+    if backend == "modelopt":
+        from pipeline.model.skeleton import quiet
+
+        with quiet():
+            import modelopt.torch.export
+            import modelopt.torch.quantization  # noqa: F401
+    return time.perf_counter() - begin
+
+
+def choose_device(wanted: str, limit: int | None = None) -> Device:
     """The device of a recipe's ``runtime.device``.
+
+    Args:
+        wanted: ``auto``, ``cpu`` or ``cuda``.
+        limit: bytes of the GPU's memory that this process may take, at most; torch enforces it.
 
     Raises:
         UsageError: cuda is asked for and torch finds none.
@@ -71,8 +93,13 @@ def choose_device(wanted: str) -> Device:
     if wanted in ("auto", "cuda") and usable:
         index = torch.cuda.current_device()
         free, total = torch.cuda.mem_get_info(index)
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
+            free = min(free, limit)
         name = torch.cuda.get_device_name(index)
-        why = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free" + ("" if wanted == "cuda" else " (auto: a GPU is here)")
+        why = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free" + (
+            "" if wanted == "cuda" else " (auto: a GPU is here)"
+        )
         return Device("cuda", name, why, free)
     capability = torch.backends.cpu.get_cpu_capability()
     reason = "asked for" if wanted == "cpu" else "auto: torch finds no GPU"
@@ -88,7 +115,10 @@ def available_memory() -> int:
                 found = int(line.split()[1]) * 1024
     except (OSError, ValueError):
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         root = Path("/sys/fs/cgroup")
         try:
             ceiling = (root / limit).read_text().strip()

@@ -82,7 +82,7 @@ class Skeleton:
         import transformers
         from accelerate import init_empty_weights
 
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with quiet():
             try:
                 config = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
@@ -180,7 +180,9 @@ class Skeleton:
         with quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), wanted, None)
         wrong = [str(error).splitlines()[0] for error in info.conversion_errors.values()]
-        wrong += [f"{name}: {list(found)} instead of {list(expected)}" for name, found, expected in info.mismatched_keys]
+        wrong += [
+            f"{name}: {list(found)} instead of {list(expected)}" for name, found, expected in info.mismatched_keys
+        ]
         wrong += [f"{name}: the model has no such parameter" for name in info.unexpected_keys]
         if wrong:
             raise SourceError(f"{self._checkpoint.label}: transformers cannot load {wrong[0]}")
@@ -204,7 +206,9 @@ class Skeleton:
                 block, _, kind = name.rpartition(".")
                 for expert, modules in expert_modules(block, kind, self._selection.expert_layouts[block]):
                     parts = fused.setdefault(owner, {}).setdefault(expert, ["", "", ""])
-                    for (module_name, _, _), part in zip(modules, (0, 1) if kind == "gate_up_proj" else (2,), strict=True):
+                    for (module_name, _, _), part in zip(
+                        modules, (0, 1) if kind == "gate_up_proj" else (2,), strict=True
+                    ):
                         parts[part] = module_name
         experts = []
         for owner, found in fused.items():
@@ -253,7 +257,7 @@ class Skeleton:
         try:
             for batch in batches:
                 ids = torch.tensor(batch.ids, dtype=torch.long).view(batch.rows, batch.length)
-                distinct, places = ids.unique(sorted=True, return_inverse=True)
+                distinct, places = torch.unique(ids, sorted=True, return_inverse=True)
                 table, places = rows(distinct.tolist()), places.to(self.device)
                 embedding.weight = torch.nn.Parameter(table, requires_grad=False)
                 hook = embedding.register_forward_pre_hook(lambda _module, _args, places=places: (places,))
@@ -302,6 +306,7 @@ class _Names:
     def place_of(self, tensor: str) -> tuple[int, int]:
         """Of a tensor that is stacked into fused experts: which expert, and 0 for gate, 1 for up, 2 for down."""
         path, pattern = self._renamed(tensor)
+        assert pattern is not None, "only a converter stacks experts"
         owner = next(c for c in self._converters if pattern in c.source_patterns)
         expert = int(re.findall(r"\.(\d+)\.", tensor)[-1])
         return expert, 2 if path.endswith("down_proj") else owner.source_patterns.index(pattern)
@@ -338,4 +343,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-

@@ -61,7 +61,9 @@ def findings(plan: Plan, journal: Journal) -> list[str]:
         )
     found += [note for fact in facts.values() for note in fact.get("notes", [])]
     counts = {
-        (index, block): tokens for index, fact in facts.items() for block, tokens in fact.get("tokens_of_experts", {}).items()
+        (index, block): tokens
+        for index, fact in facts.items()
+        for block, tokens in fact.get("tokens_of_experts", {}).items()
     }
     if counts:
         every = [count for tokens in counts.values() for count in tokens]

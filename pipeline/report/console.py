@@ -175,7 +175,10 @@ class Console:
         table = Table(title=title, title_justify="left")
         table.add_column("part", overflow="fold")
         stages = [stage for stage in STAGES if any(row[f"{stage}_s"] for row in layers)]
-        more = [("tokens/s", "tokens_per_s", str), ("GPU", "device_bytes", size_text)]
+        more: list[tuple[str, str, Callable[[Any], str]]] = [
+            ("tokens/s", "tokens_per_s", str),
+            ("GPU", "device_bytes", size_text),
+        ]
         more = [entry for entry in more if any(row.get(entry[1]) for row in layers)]
         for name in (*(f"{stage} s" for stage in stages), "read", "written", "RSS", *(entry[0] for entry in more)):
             table.add_column(name, justify="right", no_wrap=True)
@@ -195,8 +198,8 @@ class Console:
             times = "once" if most == 1 else f"at most {most} times"
             replay = f", {seen.replayed} of them run again after a resume" if seen.replayed else ""
             self.say(
-                f"{seen.layers} layers{replay}: {len(seen.reads)} weights read {times}, {seen.forwards} layer forwards; "
-                f"imports took {seen.imports:.1f} s"
+                f"{seen.layers} layers{replay}: {len(seen.reads)} weights read {times}, {seen.forwards} layer "
+                f"forwards; imports took {seen.imports:.1f} s"
             )
         for line in findings[:MOST_FINDINGS]:
             self.say(f"note: {line}")

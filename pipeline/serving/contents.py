@@ -15,7 +15,9 @@ from pipeline.serving.verify import Report, expected_modules
 
 CHUNK = 16 << 20
 
+
 def check_hashes(result: Checkpoint, report: Report) -> None:
+    """Every byte against the SHA-256 that the run recorded while writing it."""
     try:
         pieces = read_pieces(result.root)
     except ValueError:
@@ -73,7 +75,9 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Rep
                 )
     report.checked.append(f"{same} tensors that stay as they are: byte for byte the source's")
     if powers:
-        report.checked.append(f"{len(powers)} modules were balanced: the source times a power of two, against each other")
+        report.checked.append(
+            f"{len(powers)} modules were balanced: the source times a power of two, against each other"
+        )
     bits = f"the same bits but for {other}, made elsewhere" if other else "the same bits"
     report.checked.append(f"{again} source tensors quantized once more: {bits}")
 
@@ -98,7 +102,9 @@ def _scaled(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor, powers:
     power = powers.get(tensor.name.removesuffix(".bias"), 0)
     if not power or not tensor.name.endswith(".bias") or tensor.dtype != "BF16":
         return False
-    values = [torch.frombuffer(bytearray(read_tensor(c, t)), dtype=torch.bfloat16) for c, t in ((a, tensor), (b, other))]
+    values = [
+        torch.frombuffer(bytearray(read_tensor(c, t)), dtype=torch.bfloat16) for c, t in ((a, tensor), (b, other))
+    ]
     return bool(torch.equal(values[0] * 2.0**power, values[1]))
 
 
@@ -124,7 +130,8 @@ def _repack(
         weight = (flat.view(columns, rows).t() if turned else flat.view(rows, columns)).to(torch.bfloat16)
         if not bool(weight.isfinite().all()):
             raise NonFiniteWeight(None)
-        for (module, _, _), part in zip(stacked, weight.split([module[1] for module in stacked]), strict=True):
+        parts = torch.split(weight, [module[1] for module in stacked])
+        for (module, _, _), part in zip(stacked, parts, strict=True):
             codes, scale = (result.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "weight_scale"))
             if codes is None or scale is None or scale.dtype != "F32":
                 return f"{module}.weight"

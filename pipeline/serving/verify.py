@@ -28,6 +28,7 @@ from pipeline.model.selection import (
 )
 
 FP8 = "F8_E4M3"
+SECTION = "quantization_config"
 
 
 @dataclass
@@ -178,9 +179,7 @@ def _check_scales(result: Checkpoint, method: Method, report: Report) -> None:
             expected = method.scale_shape(tensor.shape[0]) if len(tensor.shape) == 2 else None
             if scale.shape != expected and not (expected == () and scale.shape == (1,)):
                 each = "one scale a row" if expected else "one scale a tensor"
-                report.problems.append(
-                    f"{scale.name}: shape {list(scale.shape)}, {each} is {list(expected or ())}"
-                )
+                report.problems.append(f"{scale.name}: shape {list(scale.shape)}, {each} is {list(expected or ())}")
                 continue
             if bad := _bad_scales(result, scale):
                 report.problems.append(f"{scale.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
@@ -325,8 +324,8 @@ def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, re
     if not scheme:
         if found:
             report.problems.append(
-                f"{len(found)} KV-cache scales, but the config has no kv_cache_scheme: vLLM loads them and uses them only "
-                "with --kv-cache-dtype fp8"
+                f"{len(found)} KV-cache scales, but the config has no kv_cache_scheme: vLLM loads them and uses them "
+                "only with --kv-cache-dtype fp8"
             )
         return
     if not (isinstance(scheme, dict) and scheme.get("num_bits") == 8 and scheme.get("type") == "float"):
@@ -349,19 +348,17 @@ def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, re
     ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
     if ones:
         report.problems.append(
-            f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s): that is what an uncalibrated cache has"
+            f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s), as in an uncalibrated cache"
         )
     _note_cache(found, attentions, method, report)
 
 
-def _note_cache(
-    found: dict[tuple[str, str], Tensor], attentions: set[str], method: Method, report: Report
-) -> None:
-    wide = [tensor.name for tensor in found.values() if tensor.dtype != "BF16"]
+def _note_cache(found: dict[tuple[str, str], Tensor], attentions: set[str], method: Method, report: Report) -> None:
+    wide = [tensor for tensor in found.values() if tensor.dtype != "BF16"]
     if wide:
         report.notes.append(
-            f"{len(wide)} KV-cache scales are {found[next(iter(found))].dtype}: vLLM rounds them to BF16 with a warning "
-            "each, and may round them down"
+            f"{len(wide)} KV-cache scales are {wide[0].dtype}: vLLM rounds them to BF16 with a "
+            "warning each, and may round them down"
         )
     own = [tensor.name for tensor in found.values() if re.search(r"\.[kv]_proj\.[kv]_scale$", tensor.name)]
     if own:
@@ -397,7 +394,9 @@ def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> Non
     if ours != theirs:
         changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
         if _means_the_same(result, source):
-            report.notes.append(f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's")
+            report.notes.append(
+                f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's"
+            )
         else:
             report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
     for name in source.sidecars:
@@ -421,17 +420,20 @@ def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
             values = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False).to_dict()
         except Exception:  # a config that transformers cannot read means nothing in particular
             return False
-        drop = ("quantization_config", "_name_or_path", "transformers_version")
-        made.append({key: value for key, value in values.items() if key not in drop})
-    return made[0] == made[1]
+        made.append(_without(values, {SECTION, "_name_or_path", "transformers_version", "dtype", "torch_dtype"}))
+    return bool(made[0] == made[1])
+
+
+def _without(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
+    return value
 
 
 # --- against the source ------------------------------------------------------------------------------
 
 
-def _check_accounts(
-    result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method, report: Report
-) -> None:
+def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method, report: Report) -> None:
     selection = select(source)
     expected: set[str] = set()
     copied = quantized = 0

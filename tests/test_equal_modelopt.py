@@ -1,0 +1,92 @@
+"""Bit for bit what ModelOpt makes in memory of the same batches, and what the default mode changes about it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SHARED, all_tensors
+
+pytestmark = pytest.mark.peer
+
+# ModelOpt's own way: the whole model, its default FP8 rules with the KV rule before those that switch the vision off.
+IN_MEMORY = """
+import copy, sys, torch, transformers
+import modelopt.torch.quantization as mtq
+from modelopt.torch.export import export_hf_checkpoint
+from pipeline import recipe, plan
+from pipeline.checkpoint import hub
+recipe_file, target = sys.argv[1:]
+wanted = recipe.load(recipe_file)
+made = plan.make_plan(wanted, hub.resolve(wanted.model.source, None))
+torch.set_num_threads(made.threads)
+source = wanted.model.source
+config = transformers.AutoConfig.from_pretrained(source)
+model = getattr(transformers, config.architectures[0]).from_pretrained(source, dtype="auto").eval()
+rules = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+cache = [r for r in mtq.FP8_KV_CFG["quant_cfg"] if "bmm" in r["quantizer_name"]]
+rules["quant_cfg"] = rules["quant_cfg"][:3] + cache + rules["quant_cfg"][3:]
+batches = [torch.tensor(b.ids, dtype=torch.long).view(b.rows, b.length) for b in made.calibration.batches.batches]
+assert sum(b.numel() for b in batches) == made.calibration.batches.tokens
+
+def loop(model):
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch, use_cache=False)
+
+mtq.quantize(model, rules, forward_loop=loop)
+with torch.inference_mode():
+    export_hf_checkpoint(model, export_dir=target)
+"""
+
+RECIPE = """\
+model: {{source: '{source}'}}
+output: {output}
+backend: modelopt
+scheme: fp8
+calibration: {{captions: '{captions}', samples: 256, max_length: 200}}
+verify: structure
+"""
+CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
+EXACT = "backend_options: {exact: true}\n"
+
+
+@pytest.fixture
+def source_of(trained: Callable[[str], Path], small_model: Callable[[str], Path]) -> Callable[[str], Path]:
+    return lambda name: trained(name) if name.endswith("_coco") else small_model(name)
+
+
+def write_recipe(path: Path, source: Path, output: Path, more: str = "") -> Path:
+    if not CAPTIONS.exists():
+        pytest.skip(f"{CAPTIONS} is not here: COCO's captions are not part of the repository")
+    path.write_text(RECIPE.format(source=source, output=output, captions=CAPTIONS) + more)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl_coco", "qwen3_vl_coco", "qwen2_5_vl", "qwen3_vl", "qwen3", "llama", "llama_tied", "qwen3_moe",
+             "qwen3_vl_moe"]
+)  # fmt: skip
+def test_exact_mode_is_modelopt(name: str, source_of: Callable, quantize: Callable, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", source_of(name), tmp_path / "ours", EXACT)
+    done = quantize(recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs = subprocess.run(
+        [sys.executable, "-c", IN_MEMORY, recipe, tmp_path / "theirs"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert theirs.returncode == 0, theirs.stderr[-3000:]
+    a, b = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "theirs")
+    assert a.keys() == b.keys()
+    assert [key for key in a if a[key] != b[key]] == []
+    assert sum(dtype == "F8_E4M3" for dtype, _, _ in a.values()) >= 20
+    assert sum(key.endswith(".k_scale") for key in a) >= 3
+    for file in ("config.json", "hf_quant_config.json"):
+        ours, other = (json.loads((tmp_path / side / file).read_text()) for side in ("ours", "theirs"))
+        for config in (ours, other):
+            config.get("quantization_config", config).get("producer", {}).pop("version", None)
+        assert ours == other, file
