@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.recipe import parse_size
 
+_QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
 _QWEN3_ROPE = {
     "rope_type": "default",
     "rope_theta": 5_000_000,
@@ -42,7 +43,8 @@ def _qwen2_5_vl(tie: bool, text: dict[str, Any]) -> dict[str, Any]:
               "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112,
               "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu"}  # fmt: skip
     return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-            "tie_word_embeddings": tie, "text_config": {**text, "tie_word_embeddings": tie},
+            "tie_word_embeddings": tie,
+            "text_config": {**text, "rope_parameters": _QWEN2_ROPE, "tie_word_embeddings": tie},
             "vision_config": vision}  # fmt: skip
 
 

@@ -222,7 +222,20 @@ class _Stream:
 
         made: dict[str, Any] = {}
         with torch.no_grad():
-            ranges = self.backend.calibrate(layer, forward)
+            try:
+                ranges = self.backend.calibrate(layer, forward)
+            except torch.OutOfMemoryError:
+                tokens = max(batch.tokens for batch in self.calibration.batches.batches)
+                raise PipelineError(
+                    f"{unit.label}: the GPU's memory is too small for this layer and {tokens} tokens at once; free "
+                    "some, or use runtime.device: cpu"
+                ) from None
+            except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                text = (str(error).strip().splitlines() or [""])[0][:200]
+                raise PipelineError(
+                    f"{unit.label}: transformers cannot run this layer ({type(error).__name__}: {text}); does "
+                    "config.json belong to these weights?"
+                ) from error
             ranges.tokens_of_experts = counts()
             if not done:
                 begin = time.time()

@@ -167,6 +167,9 @@ class Skeleton:
         """Let go of a layer's weights; it is never run again."""
         import torch
 
+        layer = self.layers[index]
+        for parameter in layer.parameters():
+            parameter.data = torch.empty(0)  # observers refer to each other in circles, and the GPU cannot wait for gc
         self.layers[index] = torch.nn.Identity()
 
     def _fill(self, tensors: Mapping[str, Any]) -> None:
