@@ -537,6 +537,8 @@ def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:
         data["model"]["source"] = published_source
         data["output"] = data["output"].rstrip("/").rpartition("/")[2]
         del data["runtime"]
+        if "calibration" in data and Path(data["calibration"]["captions"]).exists():
+            data["calibration"]["captions"] = Path(data["calibration"]["captions"]).name
     ordered = {key: data[key] for key in ("model", "output", "backend", "scheme")} | data
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 

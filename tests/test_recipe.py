@@ -181,6 +181,19 @@ def test_the_recipe_as_run_reads_back() -> None:
 
 
 def test_what_is_not_built_yet_is_refused_by_name() -> None:
-    text = GOOD.replace("kv_cache: none", "kv_cache: fp8") + "calibration: {}\nserve: {max_model_len: 4}\n"
-    missing = recipe.not_yet_built(recipe.parse(text))
-    assert [line.split(":")[0] for line in missing] == ["kv_cache", "serve"]
+    text = GOOD.replace("kv_cache: none", "kv_cache: fp8").replace("scheme: fp8_dynamic", "scheme: none")
+    missing = recipe.not_yet_built(recipe.parse(text + "calibration: {}\nserve: {max_model_len: 4}\n"))
+    assert [line.split(":")[0] for line in missing] == ["scheme", "serve"]
+    assert recipe.not_yet_built(recipe.parse(GOOD.replace("kv_cache: none", "calibration: {}"))) == []
+
+
+def test_backend_options_are_a_backends_own() -> None:
+    fp8 = GOOD.replace("llmcompressor", "modelopt").replace("fp8_dynamic", "fp8") + "calibration: {}\n"
+    made = recipe.parse(fp8 + "backend_options: {exact: true}\n")
+    assert made.backend == "modelopt" and made.backend_options.exact and made.backend_options.balance
+    with pytest.raises(UsageError, match=r"backend_options.exakt: unknown key; did you mean exact?"):
+        recipe.parse(fp8 + "backend_options: {exakt: true}\n")
+    with pytest.raises(UsageError, match=r"backend_options.exact: unknown key; llmcompressor has none; leave it out"):
+        recipe.parse(GOOD + "backend_options: {exact: true}\n")
+    with pytest.raises(UsageError, match=r"runtime.device_memory: '16' does not fit; a size is a number and a unit"):
+        recipe.parse(GOOD + "runtime: {device_memory: '16'}\n")

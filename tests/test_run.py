@@ -206,9 +206,9 @@ def test_a_signal_saves_and_exits_75(number: int, tmp_path: Path, write_recipe: 
     recipe = write_recipe(source)
     code = (
         "import sys, time; from pipeline import plan, stream; plan.UNIT_BYTES = 20_000; plan.PIECE_BYTES = 3_000\n"
-        "read = stream._read_piece\n"
+        "read = stream.read_exactly\n"
         "def slow(*a): time.sleep(0.01); read(*a)\n"
-        "stream._read_piece = slow\n"
+        "stream.read_exactly = slow\n"
         "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
     )
     process = subprocess.Popen(

@@ -243,7 +243,7 @@ class _Stream:
                 self._wait()
                 timing["quantize"] = (begin, time.time())
                 _check_made(unit, made, self.plan)
-        timing["device_bytes"] = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        timing["device_bytes"] = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
         skeleton.drop_layer(unit.index)
         return made, ranges, timing
 

@@ -48,9 +48,10 @@ def config_with(text: str, section: dict[str, Any]) -> str:
 
 def write_config(plan: Plan, target: Path) -> None:
     """Write config.json, the source's with the backend's section, and what else the backend writes beside it."""
-    for name, content in plan.backend.extra_files(plan.checkpoint, plan.selection).items():
+    extra = plan.backend.extra_files(plan.checkpoint, plan.selection)
+    for name, content in extra.items():
         write_file(target / name, (json.dumps(content, indent=4) + "\n").encode())
-    if not (target / "config.json").exists():  # else the backend's own, in ModelOpt's exact mode
+    if "config.json" not in extra:  # in ModelOpt's exact mode it is ModelOpt's
         text = (plan.checkpoint.root / "config.json").read_text(encoding="utf-8")
         section = plan.backend.config_section(plan.selection)
         write_file(target / "config.json", config_with(text, section).encode())
