@@ -194,3 +194,67 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[name]
 
     return make
+
+
+# --- calibrated runs ---------------------------------------------------------------------------------
+
+CALIBRATED = """\
+model: {{source: '{source}'}}
+output: '{output}'
+backend: {backend}
+scheme: {scheme}
+calibration: {{captions: '{captions}', samples: {samples}}}
+verify: structure
+"""
+SCHEMES = {"modelopt": "fp8", "llmcompressor": "fp8_dynamic"}
+SENTENCES = [
+    f"{who} {does} {what} {where}."
+    for who in ("A tall woman", "The old dog", "Two boys", "A mechanic with gloves")
+    for does in ("carries", "looks at", "is painting", "drops")
+    for what in ("a green box", "the ladder", "seven apples", "its shadow", "a very long wooden plank")
+    for where in ("at noon", "by the river bank", "inside")
+]
+
+
+@pytest.fixture(scope="session")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("captions") / "captions.txt"
+    path.write_text("\n".join(SENTENCES) + "\n")
+    return path
+
+
+@pytest.fixture
+def convert(captions: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Run a recipe in this process and return the published directory."""
+
+    from pipeline import recipe, runner
+    from pipeline.report.console import Console
+
+    def run(source: Path, backend: str, name: str = "out", more: str = "", samples: int = 20, **values: Any) -> Path:
+        path = values.get("captions", captions)
+        text = CALIBRATED.format(
+            source=source, output=tmp_path / name, backend=backend, scheme=SCHEMES[backend], captions=path,
+            samples=samples,
+        )  # fmt: skip
+        outcome = runner.run(recipe.parse(text + more, overrides=values.get("overrides", ())), Console())
+        Console().show_outcome(outcome)
+        assert outcome.report is not None and outcome.report.passed
+        return outcome.output
+
+    return run
+
+
+def damaged(source: Path, target: Path, change: Callable[[str, bytearray], None]) -> Path:
+    """A copy of a checkpoint with `change` applied to every tensor's bytes."""
+    shutil.copytree(source, target)
+    for path in target.glob("*.safetensors"):
+        header, data = read_shard(path)
+        parts = bytearray(data)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                part = parts[begin:end]
+                change(name, part)
+                parts[begin:end] = part
+        write_shard(path, header, bytes(parts))
+    return target

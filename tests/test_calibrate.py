@@ -12,55 +12,22 @@ from typing import Any
 
 import pytest
 
-from pipeline import recipe, runner
+from pipeline import recipe
 from pipeline.calibration.scales import cache_scale
 from pipeline.checkpoint import hub
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import make_plan
-from pipeline.report.console import Console
-from tests.conftest import all_tensors, assert_one_clear_line, read_shard, weight_files, write_shard
-
-RECIPE = """\
-model: {{source: '{source}'}}
-output: '{output}'
-backend: {backend}
-scheme: {scheme}
-calibration: {{captions: '{captions}', samples: {samples}}}
-verify: structure
-"""
-SCHEMES = {"modelopt": "fp8", "llmcompressor": "fp8_dynamic"}
-SENTENCES = [
-    f"{who} {does} {what} {where}."
-    for who in ("A tall woman", "The old dog", "Two boys", "A mechanic with gloves")
-    for does in ("carries", "looks at", "is painting", "drops")
-    for what in ("a green box", "the ladder", "seven apples", "its shadow", "a very long wooden plank")
-    for where in ("at noon", "by the river bank", "inside")
-]
-
-
-@pytest.fixture(scope="module")
-def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("captions") / "captions.txt"
-    path.write_text("\n".join(SENTENCES) + "\n")
-    return path
-
-
-@pytest.fixture
-def convert(captions: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Run a recipe in this process and return the published directory."""
-
-    def run(source: Path, backend: str, name: str = "out", more: str = "", samples: int = 20, **values: Any) -> Path:
-        path = values.get("captions", captions)
-        text = RECIPE.format(
-            source=source, output=tmp_path / name, backend=backend, scheme=SCHEMES[backend], captions=path,
-            samples=samples,
-        )  # fmt: skip
-        outcome = runner.run(recipe.parse(text + more, overrides=values.get("overrides", ())), Console())
-        Console().show_outcome(outcome)
-        assert outcome.report is not None and outcome.report.passed
-        return outcome.output
-
-    return run
+from tests.conftest import (
+    CALIBRATED,
+    SCHEMES,
+    SENTENCES,
+    all_tensors,
+    assert_one_clear_line,
+    damaged,
+    read_shard,
+    weight_files,
+    write_shard,
+)
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
@@ -119,7 +86,7 @@ def test_scales_are_the_true_ranges(
 ) -> None:
     source = small_model(name)
     output = convert(source, backend)
-    text = RECIPE.format(
+    text = CALIBRATED.format(
         source=source, output="x", backend=backend, scheme=SCHEMES[backend], captions=captions, samples=20
     )
     seen, inputs = true_ranges(source, text)
@@ -302,22 +269,6 @@ def test_other_dtypes_run_in_bf16(
 # --- what is refused ---------------------------------------------------------------------------------
 
 
-def damaged(source: Path, target: Path, change: Callable[[str, bytearray], None]) -> Path:
-    """A copy of a checkpoint with `change` applied to every tensor's bytes."""
-    shutil.copytree(source, target)
-    for path in target.glob("*.safetensors"):
-        header, data = read_shard(path)
-        parts = bytearray(data)
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                part = parts[begin:end]
-                change(name, part)
-                parts[begin:end] = part
-        write_shard(path, header, bytes(parts))
-    return target
-
-
 def poison(which: str, pattern: bytes) -> Callable[[str, bytearray], None]:
     def change(name: str, data: bytearray) -> None:
         if name == which:
@@ -383,7 +334,7 @@ def test_no_attention_no_cache(tmp_path: Path, captions: Path) -> None:
         write_shard(path, header, data)
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("k_proj", "key"))
-    text = RECIPE.format(
+    text = CALIBRATED.format(
         source=source,
         output=tmp_path / "out",
         backend="llmcompressor",
@@ -400,7 +351,7 @@ def test_wishes_that_do_not_fit_the_machine(
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(
-        RECIPE.format(source=small_model("llama"), output=tmp_path / "out", backend="modelopt", scheme="fp8",
+        CALIBRATED.format(source=small_model("llama"), output=tmp_path / "out", backend="modelopt", scheme="fp8",
                       captions=captions, samples=24)
     )  # fmt: skip
     done = quantize(path, "runtime.device=cuda", env={"CUDA_VISIBLE_DEVICES": ""})

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Below this ratio of largest magnitudes E4M3's four exponent bits take the difference; above, small weights of the
 # smaller part fall among its subnormal numbers (tests/test_balance.py measures it).
-BALANCE_FROM = 4.0
+BALANCE_FROM = 16.0
 
 
 class ModelOptFP8:

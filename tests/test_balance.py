@@ -1,0 +1,207 @@
+"""Balancing by powers of two: no output changes by a bit, and small weights keep their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8, balance
+from pipeline.calibration.batches import make_batches
+from tests.conftest import damaged
+from tests.test_calibrate import value
+from tests.test_skeleton import build
+
+SEQUENCES = [[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8, 9, 3], [4] * 70]
+UP = {"k_proj": 8, "o_proj": 7, "down_proj": 6}  # times 2^n, in weight and bias; the others against them
+DOWN = {"q_proj": 8, "v_proj": 7, "up_proj": 6}
+
+
+def trap(name: str, data: bytearray, skip: tuple[str, ...] = ()) -> None:
+    """Large keys, small values and ups, with the same logits: exact in BF16."""
+    import torch
+
+    if "layers." not in name or "vision" in name or "visual" in name:
+        return
+    module = name.rsplit(".", 2)[-2]
+    if module in skip:
+        return
+    power = UP.get(module, 0) - DOWN.get(module, 0)
+    if name.endswith("o_proj.bias") or name.endswith("down_proj.bias"):
+        power = 0  # what they add stands behind the scaling
+    if power:
+        torch.frombuffer(data, dtype=torch.bfloat16).mul_(2.0**power)
+
+
+def run_layers(source: Path, change: Callable[[Any], None] = lambda layer: None) -> tuple[list[Any], list[Any]]:
+    """Every layer's outputs for some sequences, and the layers' modules after `change`."""
+    import torch
+
+    skeleton, selection, tensor = build(source)
+    batches = make_batches(SEQUENCES, 512).batches
+    table = tensor(skeleton.embedding_tensor)
+    inputs = list(skeleton.first_inputs(batches, lambda ids: table[ids]))
+    states = [state for state, _ in inputs]
+    outputs, layers = [], []
+    for index in range(selection.layers):
+        names = [n for n, choice in selection.choices.items() if choice.layer == index]
+        layer = skeleton.load_layer(index, {n: tensor(n).clone() for n in names})
+        with torch.no_grad():
+            change(layer)
+            for number, (_, calls) in enumerate(inputs):
+                result = layer.module(states[number], **calls[index])
+                states[number] = result[0] if isinstance(result, tuple) else result
+        outputs += [state.clone() for state in states]
+        layers.append(layer)
+    return outputs, layers
+
+
+QK_NORM = ("qwen3", "qwen3_vl", "gemma3_text", "qwen3_moe", "qwen3_vl_moe")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2_5_vl", "mistral", *QK_NORM])
+def test_no_output_changes_by_a_bit(name: str, small_model: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+
+    original = small_model(name)
+    skip = ("q_proj", "k_proj") if name in QK_NORM else ()
+    source = damaged(original, tmp_path / "trap", lambda n, d: trap(n, d, skip))
+    done: list[Any] = []
+
+    def change(layer: Any) -> None:
+        found, notes = balance(layer)
+        assert notes == []
+        done.extend(found)
+
+    expected, _ = run_layers(original)
+    trapped, _ = run_layers(source)
+    balanced, layers = run_layers(source, change)
+    assert all(torch.equal(a, b) for a, b in zip(expected, trapped, strict=True)), "the trap changes no output"
+    assert all(torch.equal(a, b) for a, b in zip(trapped, balanced, strict=True))
+    kinds = {(one.rpartition(".")[2], other.rpartition(".")[2]) for one, other, _ in done}
+    assert ("v_proj", "o_proj") in kinds
+    assert (("q_proj", "k_proj") in kinds) == (name not in QK_NORM)
+    for layer in layers:
+        sizes = {n.rpartition(".")[2]: float(m.weight.detach().abs().max()) for n, m in layer.linears.items()}
+        attention = [sizes[f"{part}_proj"] for part in "qkv"]
+        assert max(attention) / min(attention) <= BALANCE_FROM
+        if "up_proj" in sizes:
+            assert max(sizes["up_proj"], sizes["gate_proj"]) / min(sizes["up_proj"], sizes["gate_proj"]) <= 2
+
+
+def test_experts_are_balanced_one_by_one(small_model: Callable[[str], Path]) -> None:
+    import torch
+
+    def widen(layer: Any) -> None:
+        for block in layer.experts:
+            half = block.module.gate_up_proj.shape[1] // 2
+            block.module.gate_up_proj.data[2, half:] *= 2.0**-6
+            block.module.down_proj.data[2] *= 2.0**6
+
+    def widen_and_balance(layer: Any) -> None:
+        widen(layer)
+        done, _ = balance(layer)
+        assert [entry[0].split(".")[-2:] for entry in done] == [["2", "up_proj"]] * len(layer.experts)
+        assert all(5 <= exponent <= 7 for _, _, exponent in done)
+
+    before, _ = run_layers(small_model("qwen3_moe"))
+    wide, _ = run_layers(small_model("qwen3_moe"), widen)
+    after, _ = run_layers(small_model("qwen3_moe"), widen_and_balance)
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(before, wide, after, strict=True))
+
+
+def test_what_cannot_be_balanced_is_said(small_model: Callable[[str], Path]) -> None:
+    """With a norm between, keys cannot be scaled against queries."""
+    notes: list[str] = []
+
+    def widen_keys(layer: Any) -> None:
+        for name, module in layer.linears.items():
+            if name.endswith("k_proj"):
+                module.weight.data *= 2.0**8
+        done, found = balance(layer)
+        assert not [entry for entry in done if entry[0].endswith("q_proj")]
+        notes.extend(found)
+
+    run_layers(small_model("qwen3"), widen_keys)
+    assert len(notes) == 3 and all("cannot be brought closer than" in note for note in notes)
+
+
+def test_models_in_order_are_left_alone(small_model: Callable[[str], Path]) -> None:
+    def look(layer: Any) -> None:
+        assert balance(layer) == ([], [])
+
+    run_layers(small_model("qwen2_5_vl"), look)
+
+
+def errors(tensors: dict[str, Any], source: dict[str, Any], powers: dict[str, int]) -> dict[str, float]:
+    """Relative squared error of every quantized weight, the balancing undone."""
+    import torch
+
+    found = {}
+    for name, (dtype, _, data) in tensors.items():
+        if dtype != "F8_E4M3":
+            continue
+        module = name.removesuffix(".weight")
+        codes = torch.frombuffer(bytearray(data), dtype=torch.float8_e4m3fn).float()
+        weight = torch.frombuffer(bytearray(source[name][2]), dtype=torch.bfloat16).float()
+        made = codes * value(tensors[f"{module}.weight_scale"]) * 2.0 ** -powers.get(module, 0)
+        found[module] = float(((made - weight) ** 2).sum() / (weight**2).sum())
+    return found
+
+
+def test_a_trap_keeps_its_precision(
+    small_model: Callable[[str], Path],
+    convert: Callable[..., Path],
+    tmp_path: Path,
+    quantize: Any,
+) -> None:
+    """Stock: q, v and up drown under one shared scale. Balanced: no weight is worse than in the model without trap."""
+    import json
+
+    from tests.conftest import all_tensors
+
+    original = small_model("qwen2_5_vl")
+    source = damaged(original, tmp_path / "trap", trap)
+    plain = errors(all_tensors(convert(original, "modelopt", "plain")), all_tensors(original), {})
+    output = convert(source, "modelopt", "balanced")
+    report = json.loads((output / "quantize" / "calibration.json").read_text())
+    powers: dict[str, int] = {}
+    for layer in report["layers"]:
+        for one, other, exponent in layer["balanced"]:
+            powers[one], powers[other] = powers.get(one, 0) + exponent, powers.get(other, 0) - exponent
+    tensors = all_tensors(output)
+    balanced = errors(tensors, all_tensors(source), powers)
+    stock = convert(source, "modelopt", "stock", "backend_options: {balance: false}\n")
+    lost = errors(all_tensors(stock), all_tensors(source), {})
+    for module, error in balanced.items():
+        assert error < 1.1 * max(plain.values()), module
+    assert max(error for module, error in lost.items() if module.endswith(("v_proj", "q_proj"))) > 0.02
+    assert any("changes no output" in line for line in report["findings"])
+    biases = [n for n in tensors if n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
+    assert biases and any(tensors[n] != all_tensors(source)[n] for n in biases)
+    done = quantize("verify", output, "--source", source)
+    assert done.returncode == 0, done.stdout
+    assert "modules were balanced" in done.stdout
+
+
+def test_below_the_threshold_a_shared_scale_costs_next_to_nothing() -> None:
+    """Why BALANCE_FROM is what it is: normal weights, scaled as if a sibling were so many times larger."""
+    import torch
+    from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
+
+    torch.manual_seed(0)
+    weight = (torch.randn(512, 512) * 0.02).to(torch.bfloat16)
+
+    def error(ratio: float) -> float:
+        scale = torch.tensor(float(weight.abs().max()) * ratio / 448)
+        made = to_quantized_weight(weight, scale, QUANTIZATION_FP8).float() * scale
+        return float(((made - weight.float()) ** 2).sum() / (weight.float() ** 2).sum())
+
+    assert error(BALANCE_FROM) < 1.02 * error(1.0)
+    assert error(2.0**14) > 1.2 * error(1.0)
+
+
+def test_exact_mode_never_balances() -> None:
+    assert ModelOptFP8(True).balance and not ModelOptFP8(True, exact=True).balance
