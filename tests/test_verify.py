@@ -51,7 +51,7 @@ def section(out: Path, **values: Any) -> None:
 def rewrite(out: Path, change: Callable[[dict[str, tuple[dict[str, Any], bytes]]], None]) -> None:
     """Change tensors as (entry, bytes) by name, and lay the shard and the index out anew."""
     header, data = read_shard(out / SHARD)
-    header.pop("__metadata__")
+    header.pop("__metadata__", None)
     tensors = {name: (entry, data[slice(*entry["data_offsets"])]) for name, entry in header.items()}
     change(tensors)
     fresh, body = {}, b""

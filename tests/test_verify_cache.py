@@ -1,0 +1,230 @@
+"""What the structural check says of damaged KV scales and static scales, for both methods."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint.source import open_checkpoint
+from pipeline.serving.verify import check_structure
+from tests.conftest import CALIBRATED, SCHEMES, SENTENCES
+from tests.test_verify import drop, flip_a_bit, rename, rewrite, section
+
+L0, L1 = "model.layers.0.self_attn", "model.layers.1.self_attn"
+
+
+@pytest.fixture(scope="module")
+def pairs(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """A source, and what both backends make of it, in one shard."""
+    from pipeline import recipe, runner
+    from pipeline.report.console import Console
+
+    root = tmp_path_factory.mktemp("pairs")
+    (root / "c.txt").write_text("\n".join(SENTENCES))
+    made = {}
+    for backend, scheme in SCHEMES.items():
+        text = CALIBRATED.format(
+            source=small_model("qwen2_5_vl"), output=root / backend, backend=backend, scheme=scheme,
+            captions=root / "c.txt", samples=20,
+        )  # fmt: skip
+        runner.run(recipe.parse(text), Console())
+        made[backend] = (small_model("qwen2_5_vl"), root / backend)
+    return made
+
+
+def put(name: str, value: float) -> Callable[[Path], None]:
+    def change(tensors: Any) -> None:
+        entry, _ = tensors[name]
+        raw = struct.pack("<f", value)
+        tensors[name] = (entry, raw if entry["dtype"] == "F32" else raw[2:])
+
+    return lambda out: rewrite(out, change)
+
+
+def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(out: Path) -> None:
+        for each in changes:
+            each(out)
+
+    return change
+
+
+def all_of(suffixes: tuple[str, ...]) -> Callable[[Path], None]:
+    def change(tensors: Any) -> None:
+        for name in [n for n in tensors if n.endswith(suffixes)]:
+            tensors.pop(name)
+
+    return lambda out: rewrite(out, change)
+
+
+def old_config(out: Path, **values: Any) -> None:
+    path = out / "hf_quant_config.json"
+    config = json.loads(path.read_text())
+    config["quantization"].update(values)
+    path.write_text(json.dumps(config))
+
+
+# backend, damage, sentence, whether the checkpoint alone shows it
+Case = tuple[str, Callable[[Path], Any], str, bool]
+DAMAGE: dict[str, Case] = {}
+for _backend in SCHEMES:
+    DAMAGE |= {
+        f"{_backend}: scales lost in one layer": (
+            _backend,
+            both(drop(f"{L1}.k_scale"), drop(f"{L1}.v_scale")),
+            f"{L1}: no k_scale and v_scale, in 1 of 3 layers",
+            True,
+        ),
+        f"{_backend}: all scales lost": (
+            _backend,
+            all_of(("k_scale", "v_scale", "q_scale", "prob_scale")),
+            "in 3 of 3 layers",
+            True,
+        ),
+        f"{_backend}: both 1.0": (
+            _backend,
+            both(put(f"{L0}.k_scale", 1.0), put(f"{L0}.v_scale", 1.0)),
+            f"{L0}: k_scale and v_scale are both 1.0",
+            True,
+        ),
+        f"{_backend}: zero": (
+            _backend,
+            put(f"{L0}.k_scale", 0.0),
+            f"{L0}.k_scale: 0.0 is not finite and positive",
+            True,
+        ),
+        f"{_backend}: NaN": (_backend, put(f"{L0}.v_scale", float("nan")), f"{L0}.v_scale: nan is not", True),
+        f"{_backend}: negative": (_backend, put(f"{L0}.q_scale", -0.5), f"{L0}.q_scale: -0.5 is not", True),
+        f"{_backend}: a name vLLM crashes on": (
+            _backend,
+            rename(f"{L0}.q_scale", f"{L0}.q_proj.q_scale"),
+            f"{L0}.q_proj.q_scale: vLLM loads no KV-cache scale of this name",
+            True,
+        ),
+        f"{_backend}: no scheme": (
+            _backend,
+            lambda o: section(o, kv_cache_scheme=None),
+            "the config has no kv_cache_scheme",
+            True,
+        ),
+        f"{_backend}: another scheme": (
+            _backend,
+            lambda o: section(o, kv_cache_scheme={"num_bits": 4, "type": "int"}),
+            "is no FP8 scheme",
+            True,
+        ),
+        f"{_backend}: a bit of a scale": (
+            _backend,
+            flip_a_bit(f"{L0}.k_scale"),
+            f"{L0}.k_scale: its bytes are not",
+            True,
+        ),
+    }
+Q = f"{L0}.q_proj"
+DAMAGE |= {
+    "input scale lost": ("modelopt", drop(f"{Q}.input_scale"), f"{Q}.weight: FP8 codes without an input_scale", True),
+    "weight scale lost": ("modelopt", drop(f"{Q}.weight_scale"), f"{Q}.weight: FP8 codes without a weight_scale", True),
+    "input scale zero": ("modelopt", put(f"{Q}.input_scale", 0.0), "not finite and positive, first 0.0", True),
+    "an input scale where none belongs": (
+        "llmcompressor",
+        lambda o: rewrite(
+            o, lambda t: t.update({f"{Q}.input_scale": ({"dtype": "F32", "shape": []}, b"\0\0\x80\x3f")})
+        ),
+        "a static input scale, but the config says that inputs are dynamic",
+        True,
+    ),
+    "prob scale under compressed-tensors": (
+        "llmcompressor",
+        lambda o: rewrite(
+            o, lambda t: t.update({f"{L0}.attn.prob_scale": ({"dtype": "BF16", "shape": [1]}, b"\x80\x3f")})
+        ),
+        "vLLM loads no KV-cache scale of this name here",
+        True,
+    ),
+    "another algorithm": ("modelopt", lambda o: section(o, quant_algo="NVFP4"), "quant_algo is 'NVFP4', not FP8", True),
+    "dynamic inputs": ("modelopt", lambda o: section(o, config_groups={}), "FP8 with a static scale a tensor", True),
+    "vision not ignored": (
+        "modelopt",
+        lambda o: section(o, ignore=["lm_head"]),
+        "visual.blocks.0.attn.proj: BF16",
+        True,
+    ),
+    "an ignore that matches nothing": (
+        "modelopt",
+        lambda o: section(o, ignore=["*visual*", "*vision_tower*", "lm_head"]),
+        "'*vision_tower*' matches nothing",
+        True,
+    ),
+    "an ignore of FP8": (
+        "modelopt",
+        lambda o: section(o, ignore=["*visual*", "lm_head", "*q_proj"]),
+        "q_proj: it is FP8, but the config",
+        True,
+    ),
+    "two configs that differ": (
+        "modelopt",
+        lambda o: old_config(o, kv_cache_quant_algo=None),
+        "hf_quant_config.json: it says something else",
+        True,
+    ),
+    "an old config that is no JSON": (
+        "modelopt",
+        lambda o: (o / "hf_quant_config.json").write_text("{"),
+        "hf_quant_config.json: this is not JSON",
+        True,
+    ),
+    "a weight scale that clips": (
+        "modelopt",
+        both(
+            put(f"{Q}.weight_scale", 1e-6),
+            lambda o: (o / "quantize" / "journal.jsonl").write_text('{"identity": {}}\n'),
+        ),
+        f"{Q}.weight_scale: not what the source's",
+        False,
+    ),
+    "a bit of a bias": ("modelopt", flip_a_bit(f"{Q}.bias"), f"{Q}.bias: it was to stay as it is", False),
+}
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_damage_is_named(name: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    backend, damage, sentence, alone = DAMAGE[name]
+    source, out = pairs[backend]
+    target = shutil.copytree(out, tmp_path / "damaged")
+    damage(target)
+    report = check_structure(target, open_checkpoint(source), contents=True)
+    assert any(sentence in problem for problem in report.problems), report.problems
+    if alone:
+        report = check_structure(target, contents=True)
+        assert any(sentence in problem for problem in report.problems), report.problems
+
+
+@pytest.mark.parametrize("backend", list(SCHEMES))
+def test_sound_results_pass_with_their_contents(backend: str, pairs: dict[str, tuple[Path, Path]]) -> None:
+    source, out = pairs[backend]
+    for given in (None, open_checkpoint(source)):
+        report = check_structure(out, given, contents=True)
+        assert report.passed, report.problems
+        assert report.notes == []
+    kinds = "(k, v, q, prob)" if backend == "modelopt" else "(k, v, q)"
+    assert f"3 attention layers: finite, positive KV-cache scales {kinds}" in report.checked
+
+
+def test_what_modelopts_own_layout_means_for_vllm_is_noted(
+    small_model: Callable[[str], Path], convert: Callable[..., Path]
+) -> None:
+    """Exact mode passes, and the notes say what vLLM will do with it."""
+    out = convert(small_model("qwen2_5_vl"), "modelopt", more="backend_options: {exact: true}\n")
+    report = check_structure(out, open_checkpoint(small_model("qwen2_5_vl")), contents=True)
+    assert report.passed
+    notes = "\n".join(report.notes)
+    assert "groups that vLLM fuses (q/k/v, gate/up) have different weight scales" in notes
+    assert "KV-cache scales are F32: vLLM rounds them to BF16 with a warning each" in notes
+    assert "vLLM 0.24.0 was seen to refuse it" in notes
+    assert "there is no q_scale: vLLM uses 1.0 for it" in notes and "there is no prob_scale" in notes
