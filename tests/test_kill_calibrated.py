@@ -1,0 +1,143 @@
+"""Twenty SIGKILLs at random moments of calibrated runs: each resumed to the same bytes, from saved hidden states."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.journal import JOURNAL
+from tests.conftest import CALIBRATED, QUANTIZE, SCHEMES, SHARED
+from tests.test_kill import same
+
+pytestmark = pytest.mark.kill
+
+KILLS = 10  # for each backend
+CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a kill
+    return found
+
+
+@pytest.mark.parametrize("backend", list(SCHEMES))
+def test_every_kill_is_resumed_to_the_same_bytes(backend: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    if not CAPTIONS.exists():
+        pytest.skip(f"{CAPTIONS} is not here: COCO's captions are not part of the repository")
+    source = trained("qwen2_5_vl_coco")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        CALIBRATED.format(source=source, output="x", backend=backend, scheme=SCHEMES[backend], captions=CAPTIONS,
+                          samples=1200)
+    )  # fmt: skip
+    environment = {**os.environ, "PIPELINE_SAVE_SECONDS": "0.3"}
+
+    def start(target: Path) -> subprocess.Popen[str]:
+        command = [*QUANTIZE, str(recipe), f"output={target}"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    reference, output = tmp_path / "reference" / "out", tmp_path / "out"
+    partial, log = tmp_path / "out.partial", tmp_path / "out.partial" / "quantize" / "events.jsonl"
+    begun = time.time()
+    process = start(reference)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    moments = {event["event"]: event["time"] for event in read(reference / "quantize" / "events.jsonl")}
+    first, last = moments["run"] - begun, moments["verified"] - begun + 0.2
+    assert any(event["event"] == "hidden_saved" for event in read(reference / "quantize" / "events.jsonl"))
+
+    dice = random.Random(f"{backend} 20261121")
+    resumed_from, replayed = [], 0
+    for number in range(KILLS):
+        process = start(output)
+        deadline = time.monotonic() + dice.uniform(0.9 * first, last)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        if output.exists():
+            assert same(output, reference), "visible before it was whole"
+            shutil.rmtree(output)
+            continue
+        lines = read(partial / JOURNAL)
+        finished = {line["unit"] for line in lines if "unit" in line}
+        kept = list((partial / "quantize" / "hidden").glob("hidden-*.bin"))
+        assert len(kept) <= 2, "one generation, and at most the one before"
+        before = len(read(log))
+        process = start(output)
+        text, _ = process.communicate()
+        assert process.returncode == 0, text
+        events = read(output / "quantize" / "events.jsonl")[before:]
+        layers = [event for event in events if event["event"] == "layer"]
+        written = [event for event in layers if not event.get("replayed")]
+        units = {entry["unit"]: i for i, entry in enumerate(read(output / JOURNAL)[1:]) if "unit" in entry}
+        assert len(units) == sum("unit" in line for line in read(output / JOURNAL)), "a finished unit was written again"
+        if finished:
+            resumed_from.append(len(finished))
+            first_layer = next((e["first"] for e in events if e["event"] == "skeleton"), None)
+            replayed += len(layers) - len(written)
+            if first_layer is not None and first_layer > 0:
+                assert layers[0]["index"] == first_layer
+        assert same(output, reference), f"kill {number}"
+        assert not list(output.rglob("hidden*")) and not partial.exists()
+        shutil.rmtree(output)
+    assert len(resumed_from) >= KILLS // 3, "the kills came too early to test a resume"
+    print(f"{backend}: {KILLS} kills, resumed with finished units {sorted(resumed_from)}, {replayed} layers replayed")
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "cut"])
+def test_saved_states_that_are_lost_cost_a_replay(
+    harm: str, small_model: Callable[[str], Path], tmp_path: Path, captions: Path
+) -> None:
+    """SIGKILL after a save, then harm to the file: the run starts its forwards over and ends in the same bytes."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        CALIBRATED.format(source=small_model("qwen3"), output="x", backend="llmcompressor", scheme="fp8_dynamic",
+                          captions=captions, samples=60)
+    )  # fmt: skip
+    code = (
+        "import sys, os, signal\n"
+        "from pipeline.calibration import layers\n"
+        "save = layers._Stream._save\n"
+        "def stop(self, hidden, unit):\n"
+        "    save(self, hidden, unit)\n"
+        "    if unit.index == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "layers._Stream._save = stop\n"
+        "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
+    )
+    environment = {**os.environ, "PIPELINE_SAVE_SECONDS": "0"}
+    killed = subprocess.run([QUANTIZE[0], "-c", code, recipe, f"output={tmp_path / 'out'}"], env=environment)
+    assert killed.returncode == -9
+    (saved,) = (tmp_path / "out.partial" / "quantize" / "hidden").glob("hidden-*.bin")
+    assert saved.name == "hidden-00001.bin"
+    if harm == "gone":
+        saved.unlink()
+    elif harm == "cut":
+        os.truncate(saved, saved.stat().st_size - 1)
+    else:
+        raw = bytearray(saved.read_bytes())
+        raw[7] ^= 1
+        saved.write_bytes(raw)
+    for target in (tmp_path / "out", tmp_path / "straight"):
+        done = subprocess.run([*QUANTIZE, recipe, f"output={target}"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    events = read(tmp_path / "out" / "quantize" / "events.jsonl")
+    assert [e["layer"] for e in events if e["event"] == "hidden_lost"] == [1]
+    assert [e["index"] for e in events if e["event"] == "layer"] == [0, 1, 0, 1, 2]
+    assert [bool(e.get("replayed")) for e in events if e["event"] == "layer"] == [False, False, True, True, False]
+    assert same(tmp_path / "out", tmp_path / "straight")
