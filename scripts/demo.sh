@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole main job on a small model: install, make the model, plan, convert, verify, and show the result.
+# The whole main job on a small model: install, make the model, plan, calibrate and convert, verify, show the result.
 # Needs Python 3.11-3.13 and the package registry; no GPU, no model hub.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,14 +14,30 @@ step "a small vision-language model in BF16"
 step "quantize plan recipes/demo.yaml"
 quantize plan recipes/demo.yaml
 
-step "quantize recipes/demo.yaml --fresh"
+step "quantize recipes/demo.yaml --fresh                       (ModelOpt FP8 with FP8 KV scales)"
 quantize recipes/demo.yaml --fresh
 
-step "quantize verify out/demo-fp8_dynamic --source out/demo-model"
-quantize verify out/demo-fp8_dynamic --source out/demo-model
+step "quantize verify out/demo-fp8-kv_fp8 --source out/demo-model"
+quantize verify out/demo-fp8-kv_fp8 --source out/demo-model
 
 step "what was published"
-ls -l out/demo-fp8_dynamic out/demo-fp8_dynamic/quantize
+ls -l out/demo-fp8-kv_fp8 out/demo-fp8-kv_fp8/quantize
 
-step "source and result, loaded in transformers"
-python scripts/compare_models.py out/demo-fp8_dynamic out/demo-model 2>/dev/null
+step "KV scales in the checkpoint, as vLLM will read them"
+python - <<'PY'
+from pathlib import Path
+from safetensors import safe_open
+
+for path in sorted(Path("out/demo-fp8-kv_fp8").glob("*.safetensors")):
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            if name.endswith(("k_scale", "v_scale", "q_scale", "prob_scale")) and ".layers.0." in name:
+                print(f"{name:58} {file.get_tensor(name).item():.6f}")
+PY
+
+step "source and result, side by side in transformers"
+python scripts/compare_models.py out/demo-fp8-kv_fp8 out/demo-model 2>/dev/null
+
+step "the same model with backend=llmcompressor scheme=fp8_dynamic, KV scales calibrated as well"
+quantize recipes/demo.yaml --fresh backend=llmcompressor scheme=fp8_dynamic output=out/demo-fp8_dynamic-kv_fp8
+python scripts/compare_models.py out/demo-fp8_dynamic-kv_fp8 out/demo-model 2>/dev/null
