@@ -83,6 +83,14 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_rss() -> None:
+    """Let `peak_rss_bytes` begin anew, where the system can: Linux, by clear_refs (man 5 proc)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
 def layer_timings(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per layer, over all runs of a record: seconds in each stage, bytes read and written, memory; slowest first.
 

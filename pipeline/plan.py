@@ -654,9 +654,8 @@ def _identity(plan: Plan) -> dict[str, Any]:
     found["layout"] = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
     found["units"] = [PIECE_BYTES, UNIT_BYTES]
     if plan.calibration is not None:  # what decides the bits of activations
-        asked = recipe.calibration.model_dump(exclude={"captions"}) if recipe.calibration else {}
-        found.update((f"calibration.{key}", value) for key, value in asked.items())
-        found["calibration.batches"] = plan.calibration.batches.digest
+        batches = plan.calibration.batches  # captions, seed, template: whatever gives the same batches is the same
+        found["calibration.batches"] = [f"{batches.samples} captions, {batches.tokens} tokens", batches.digest]
         found["calibration.batch_tokens"] = BATCH_TOKENS
         found["device"] = plan.calibration.device.name
         if plan.calibration.device.kind == "cpu":
@@ -701,8 +700,13 @@ def _short(value: Any) -> str:
 
 
 def check_disk(plan: Plan, output: Path, partial: Path) -> None:
-    """Raise PipelineError if the result does not fit beside what a stopped run has written already."""
+    """Raise PipelineError if the result does not fit beside what a stopped run has written already.
+
+    Hidden states count where they go to the same drive: two generations while one is saved, and the file they wait in.
+    """
     needed = plan.output_nbytes + (16 << 20)
+    if plan.calibration is not None and plan.recipe.runtime.work_directory is None:
+        needed += plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
     have = 0
     if partial.is_dir():
         have = sum(path.stat().st_blocks * 512 for path in partial.glob("*.safetensors"))

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
-from pipeline.calibration.hidden import clear_scratch
+from pipeline.calibration.hidden import Scratch
 from pipeline.calibration.layers import Calibrated, run_layers
 from pipeline.checkpoint import hub, sidecars
 from pipeline.checkpoint.writer import lost_shards, publish, sync_all, sync_directory, write_file
@@ -77,10 +77,11 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
             return Outcome(output, True, _layers(output), Totals(), None)
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
-            clear_scratch(plan, partial)
         console.show_plan(plan)
         journal = _work(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
+            if fresh:
+                Scratch(plan, partial).clear()
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
                 discard(partial)
                 return Outcome(output, True, _layers(output), Totals(), None)
@@ -115,7 +116,12 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
     """
     output, partial = places(plan.recipe)
     for place in (output, partial):
-        _refuse_overlap(plan, place)
+        _refuse_overlap(plan, place, "output")
+    if plan.recipe.runtime.work_directory is not None:
+        work = Scratch(plan, partial).directory
+        _refuse_overlap(plan, work, "runtime.work_directory", below=False)
+        if {output, partial} & {work, *work.parents}:
+            raise UsageError(f"runtime.work_directory: {work} is, or lies in, the output; choose another place")
     if _finished(plan, output, fresh):
         return True
     _work("looking at the disk", lambda: check_disk(plan, output, partial))
@@ -144,8 +150,9 @@ def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tupl
                 raise Interrupted("interrupted")
             if plan.calibration is not None:
                 calibrated = _work(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress, totals))
-        clear_scratch(plan, partial)
-        log.write("streamed", **vars(totals), peak_rss_bytes=peak_rss_bytes())
+        Scratch(plan, partial).clear()
+        totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
+        log.write("streamed", **vars(totals))
         _work(f"writing to {partial}", lambda: _seal(plan, journal, log))
         report = check_structure(partial, plan.checkpoint)
         report.checkpoint = Path(plan.recipe.output).name  # as it will be called
@@ -248,10 +255,11 @@ def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
     return True
 
 
-def _refuse_overlap(plan: Plan, place: Path) -> None:
+def _refuse_overlap(plan: Plan, place: Path, key: str, below: bool = True) -> None:
+    """The source is never written to; with `below`, it may not lie in `place` either."""
     source, target = plan.checkpoint.root.resolve(), place.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise UsageError(f"output: {place} and the source {source} lie in each other; the source is never written to")
+    if target == source or source in target.parents or (below and target in source.parents):
+        raise UsageError(f"{key}: {place} and the source {source} lie in each other; the source is never written to")
 
 
 def _work(doing: str, call: Callable[[], T]) -> T:

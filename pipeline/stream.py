@@ -52,6 +52,7 @@ class Totals:
     bytes_written: int = 0
     units: int = 0
     seconds: float = 0.0
+    peak_rss_bytes: int = 0  # where the peak was begun anew in between; see events.reset_peak_rss
 
 
 def take_back_lost_units(plan: Plan, journal: Journal) -> list[str]:

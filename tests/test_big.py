@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import CALIBRATED, ROOT, SCHEMES
+from tests.families import add_tokenizer
 
 pytestmark = pytest.mark.big
 
@@ -48,3 +49,36 @@ def test_fused_experts_of_real_size(tmp_path: Path, quantize: Any, write_recipe:
     peak, bound, size = convert("qwen3_vl_30b_a3b", 1, tmp_path, quantize, write_recipe)
     assert size > 3.5e9
     assert peak < bound < 0.8e9
+
+
+@pytest.mark.parametrize("backend", list(SCHEMES))
+def test_calibrated_memory_does_not_grow_with_depth(
+    backend: str, tmp_path: Path, captions: Path, quantize: Any
+) -> None:
+    """Twice the layers, the same width: peaks within 5%; each weight read once, a forward a layer and batch."""
+    peaks = {}
+    for layers in (14, 28):
+        source = tmp_path / f"source-{layers}"
+        script = ROOT / "scripts" / "make_checkpoint.py"
+        subprocess.run(
+            [sys.executable, script, "llama_3_2_1b", source, "--layers", str(layers)], check=True, capture_output=True
+        )
+        add_tokenizer(source)
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(
+            CALIBRATED.format(source=source, output=tmp_path / "out", backend=backend, scheme=SCHEMES[backend],
+                              captions=captions, samples=16)
+        )  # fmt: skip
+        told = json.loads(quantize("plan", recipe, "runtime.threads=2", "--json").stdout)
+        done = quantize(recipe, "runtime.threads=2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        batches = json.loads((tmp_path / "out" / "quantize" / "calibration.json").read_text())["batches"]["batches"]
+        assert f"{layers} layers: {layers * 9} weights read once, {layers * batches} layer forwards" in done.stdout
+        events = map(json.loads, (tmp_path / "out" / "quantize" / "events.jsonl").read_text().splitlines())
+        peaks[layers] = next(event["peak_rss_bytes"] for event in events if event["event"] == "streamed")
+        assert peaks[layers] < told["peak_memory_bytes"]
+        size = told["source"]["bytes"]
+        print(f"{backend}: {layers} layers, {size / 1e9:.2f} GB: peak RSS {peaks[layers] / 1e9:.3f} GB")
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(source)
+    assert abs(peaks[28] - peaks[14]) < 0.05 * peaks[14]

@@ -228,3 +228,27 @@ def test_what_modelopts_own_layout_means_for_vllm_is_noted(
     assert "KV-cache scales are F32: vLLM rounds them to BF16 with a warning each" in notes
     assert "vLLM 0.24.0 was seen to refuse it" in notes
     assert "there is no q_scale: vLLM uses 1.0 for it" in notes and "there is no prob_scale" in notes
+
+
+@pytest.mark.parametrize("backend", list(SCHEMES))
+@pytest.mark.parametrize(("byte", "fine"), [(lambda b: b ^ 1, True), (lambda b: 0x7F, False), (lambda b: b ^ 8, False)])
+def test_what_others_made_may_be_one_rounding_away(
+    byte: Callable[[int], int], fine: bool, backend: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Without a journal of ours a checkpoint may come from a GPU, whose kernels round otherwise: by one step."""
+    source, out = pairs[backend]
+    target = shutil.copytree(out, tmp_path / "other")
+    shutil.rmtree(target / "quantize")
+
+    def change(tensors: Any) -> None:
+        entry, raw = tensors[f"{Q}.weight"]
+        place = next(i for i, code in enumerate(raw) if 16 < code < 0x70)
+        tensors[f"{Q}.weight"] = (entry, raw[:place] + bytes([byte(raw[place])]) + raw[place + 1 :])
+
+    rewrite(target, change)
+    report = check_structure(target, open_checkpoint(source), contents=True)
+    assert report.passed is fine, report.problems
+    if fine:
+        assert any("but 1 made elsewhere and one rounding apart" in line for line in report.checked)
+    else:
+        assert any(f"{Q}.weight: not what the source's" in problem for problem in report.problems)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pipeline.backends.fp8 import Buffer
+from pipeline.calibration.scales import cache_scale
 from pipeline.errors import PipelineError
 from pipeline.model.selection import Selection
 
@@ -60,12 +62,13 @@ class CalibratedBackend(Backend, Protocol):
     def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
         """Put observers into a model without weights."""
 
-    def calibrate(self, layer: Layer, forward: Callable[[], None]) -> Ranges:
+    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
         """Collect the ranges of a loaded layer.
 
         Args:
             layer: loaded; what it computes must not change by a bit.
             forward: runs every batch through it once.
+            probe: runs one batch and returns what the layer makes of it, leaving the hidden states as they are.
         """
 
     def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
@@ -107,3 +110,25 @@ class Ranges:
 
 class CalibrationError(PipelineError):
     """A layer's ranges give no usable scale."""
+
+
+def cache_scales(attention: str, ranges: Ranges) -> dict[str, float]:
+    """The scales of keys, values and queries of an attention layer, under ``k``, ``v`` and ``q``.
+
+    What is zero throughout has any scale; it gets 1.0, and a note.
+
+    Raises:
+        CalibrationError: a range is missing or not finite.
+    """
+    scales = {}
+    for key, word in (("k", "keys"), ("v", "values"), ("q", "queries")):
+        amax = ranges.attention.get(key, math.nan)
+        if not math.isfinite(amax):
+            raise CalibrationError(
+                f"{attention}: the {word} reach {amax}, which gives no scale for the KV cache; is the checkpoint "
+                "damaged? Set kv_cache: none to leave it in BF16"
+            )
+        if amax == 0:
+            ranges.notes.append(f"{attention}: the {word} are zero throughout; their scale is 1.0")
+        scales[key] = cache_scale(amax) if amax else 1.0
+    return scales

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backends.base import CalibrationError, Output, Ranges
+from pipeline.backends.base import Output, Ranges, cache_scales
 from pipeline.backends.fp8 import Buffer, row_quantizer
-from pipeline.calibration.scales import SCALE_NAMES, cache_scale, usable
+from pipeline.calibration.scales import SCALE_NAMES
 from pipeline.model.selection import Selection
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class FP8DynamicKV(FP8Dynamic):
         AttentionMaskInterface.register("pipeline_ranges", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         skeleton.model.set_attn_implementation("pipeline_ranges")
 
-    def calibrate(self, layer: Layer, forward: Callable[[], None]) -> Ranges:
+    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
         """The running maximum over all batches; torch.maximum hands NaN on, so that it is found."""
         forward()
         ranges = Ranges()
@@ -149,17 +149,12 @@ class FP8DynamicKV(FP8Dynamic):
 
         if layer.attention is None:
             return {}
-        names, made = SCALE_NAMES["compressed-tensors"], {}
-        for key, word in (("k", "keys"), ("v", "values"), ("q", "queries")):
-            amax = ranges.attention.get(key)
-            if amax is None or not usable(amax):
-                raise CalibrationError(
-                    f"{layer.attention}: the {word} reach {amax}, which gives no scale for the KV cache; is the "
-                    "checkpoint damaged? Set kv_cache: none to leave it in BF16"
-                )
-            scale = torch.full(names.shape, cache_scale(amax), dtype=torch.bfloat16)
-            made[f"{layer.attention}.{names.names[key]}"] = scale
-        return made
+        names = SCALE_NAMES["compressed-tensors"]
+        scales = cache_scales(layer.attention, ranges)
+        return {
+            f"{layer.attention}.{names.names[key]}": torch.full(names.shape, scale, dtype=torch.bfloat16)
+            for key, scale in scales.items()
+        }
 
 
 def _patterns(selection: Selection) -> list[str]:

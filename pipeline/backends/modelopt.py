@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backends.base import CalibrationError, Output, Ranges
-from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, cache_scale, usable
+from pipeline.backends.base import CalibrationError, Output, Ranges, cache_scales
+from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, usable
 from pipeline.model.selection import FUSED_LINEARS, Selection
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class ModelOptFP8:
                     "choose backend: llmcompressor"
                 )
 
-    def calibrate(self, layer: Layer, forward: Callable[[], None]) -> Ranges:
+    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
         """ModelOpt's max calibration; its weight quantizers see their weight once, not once a batch."""
         import modelopt.torch.quantization as mtq
 
@@ -192,7 +193,8 @@ class ModelOptFP8:
 
         ranges = Ranges()
         if self.balance:
-            ranges.balanced, ranges.notes = balance(layer)
+            with _without_quantizers(layer.module):
+                ranges.balanced, ranges.notes = balance(layer, probe)
         weights = list(_weight_quantizers(layer.module))
 
         def loop(_module: Any) -> None:
@@ -229,56 +231,60 @@ class ModelOptFP8:
         shared = {} if self.exact else _shared_ranges(layer)
         for name, module in layer.linears.items():
             amax = shared.get(name) or _amax(module.weight_quantizer)
-            self._pack(made, name, module.weight, amax, module.input_quantizer)
+            self._pack(made, name, module.weight, amax, module.input_quantizer, ranges)
         for block in layer.experts:
             for name, weight, quantizer, inputs in _expert_parts(block):
-                self._pack(made, name, weight, _amax(quantizer), inputs)
+                self._pack(made, name, weight, _amax(quantizer), inputs, ranges)
         if layer.attention is not None and self.kv_cache:
             self._add_cache_scales(made, layer, ranges)
-        for modules, against, _ in ranges.balanced:
-            for name in (modules, against):
-                module = layer.linears.get(name)
-                if module is not None and module.bias is not None:
-                    made[f"{name}.bias"] = module.bias.detach()
-        return {
-            name: value.detach().to("cpu", copy=torch.device(layer.device).type != "cpu")
-            for name, value in made.items()
-        }
+        for modules, against, exponent in ranges.balanced:
+            for name, power in ((modules, exponent), (against, -exponent)):
+                if f"{name}.bias" in layer.tensors and not name.endswith(BEHIND):
+                    made[f"{name}.bias"] = self._bias(layer, name, power)
+        on_cpu = torch.device(layer.device).type == "cpu"
+        return {name: value.detach().to("cpu", copy=not on_cpu) for name, value in made.items()}
 
-    def _pack(self, made: dict[str, Any], name: str, weight: Any, amax: float, inputs: Any) -> None:
+    @staticmethod
+    def _bias(layer: Layer, name: str, power: int) -> Any:
+        """A balanced bias in the source's dtype; in BF16 it is what the layer ran with."""
+        import torch
+
+        raw = layer.tensors[f"{name}.bias"]
+        return layer.linears[name].bias if raw.dtype == torch.bfloat16 else raw * 2.0**power
+
+    def _pack(self, made: dict[str, Any], name: str, weight: Any, amax: float, inputs: Any, ranges: Ranges) -> None:
         import torch
         from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
 
-        scale, input_amax = amax / _BOUND, _amax(inputs)
-        for value, word in ((scale, "the weight"), (input_amax, "the input")):
-            if not usable(value):
+        scales = []
+        for value, word in ((amax, "the weight"), (_amax(inputs), "the input")):
+            if not math.isfinite(value) or (value == 0 and self.exact):
                 raise CalibrationError(
                     f"{name}: {word} reaches {value}, which gives no scale; is the checkpoint damaged? To keep this "
                     "module in BF16 name it in ignore"
                 )
-        factor = torch.tensor(scale)
+            if value == 0:
+                ranges.notes.append(f"{name}: {word} is zero throughout; its scale is 1.0")
+            scales.append(value / _BOUND if value else 1.0)
+        factor = torch.tensor(scales[0])
         made[f"{name}.weight"] = to_quantized_weight(weight.detach(), factor, QUANTIZATION_FP8)
         made[f"{name}.weight_scale"] = factor
-        made[f"{name}.input_scale"] = torch.tensor(input_amax / _BOUND)
+        made[f"{name}.input_scale"] = torch.tensor(scales[1])
 
     def _add_cache_scales(self, made: dict[str, Any], layer: Layer, ranges: Ranges) -> None:
         import torch
 
-        for key, word in (("k", "keys"), ("v", "values"), *(() if self.exact else (("q", "queries"),))):
-            if not usable(ranges.attention.get(key, math.nan)):
-                raise CalibrationError(
-                    f"{layer.attention}: the {word} reach {ranges.attention.get(key)}, which gives no scale for the KV "
-                    "cache; is the checkpoint damaged? Set kv_cache: none to leave it in BF16"
-                )
+        assert layer.attention is not None
         if self.exact:
             for key in "kv":
-                seen = torch.tensor(ranges.attention[key], dtype=torch.float32)
-                made[f"{layer.attention}.{key}_proj.{key}_scale"] = seen / _BOUND
+                if not usable(amax := ranges.attention.get(key, math.nan)):
+                    raise CalibrationError(f"{layer.attention}: {key} reaches {amax}, which gives no scale")
+                made[f"{layer.attention}.{key}_proj.{key}_scale"] = torch.tensor(amax, dtype=torch.float32) / _BOUND
             return
         names = SCALE_NAMES["modelopt"]
+        scales = {**cache_scales(layer.attention, ranges), "prob": PROB_SCALE}
         for key, name in names.names.items():
-            value = PROB_SCALE if key == "prob" else cache_scale(ranges.attention[key])
-            made[f"{layer.attention}.{name}"] = torch.full(names.shape, value, dtype=torch.bfloat16)
+            made[f"{layer.attention}.{name}"] = torch.full(names.shape, scales[key], dtype=torch.bfloat16)
 
 
 _BOUND = E4M3_MAX
@@ -352,79 +358,107 @@ def ignore_entries(selection: Selection) -> list[str]:
 
 # --- balancing ---------------------------------------------------------------------------------------
 
+BEHIND = ("o_proj", "down_proj")  # their biases are added behind the scaling
+# What may stand in an attention or an MLP that is balanced: with anything else between, a scale may not pass through.
+ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
+MLP_PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 
-def balance(layer: Layer) -> tuple[list[tuple[str, str, int]], list[str]]:
+
+def balance(layer: Layer, probe: Callable[[], Any]) -> tuple[list[tuple[str, str, int]], list[str]]:
     """Bring what shares a scale to a like size, by powers of two along directions that change no output.
 
     up against down, v against o, and q against k where no norm stands between them: a row scaled by 2^a meets a
-    column scaled by 2^-a, which BF16 does exactly. Whether it was exact is looked at in the values themselves.
+    column scaled by 2^-a, which BF16 does exactly. It is looked at: where the layer's output changes by a bit,
+    everything is undone. Experts are left alone: they share the range of what goes into down, which scaling one
+    expert's up would leave.
+
+    Args:
+        layer: loaded, no quantizer at work.
+        probe: the layer's output for one batch.
 
     Returns:
         What was done, as (scaled modules, modules scaled against them, exponent), and what could not be.
     """
+    import torch
+
     done: list[tuple[str, str, int]] = []
     notes: list[str] = []
+    before: Any = None
     for group in fused_groups(layer.linears):
         parent = group[0].rpartition(".")[0]
         sizes = {name.rpartition(".")[2]: _size(layer.linears[name].weight) for name in group}
         if min(sizes.values()) <= 0 or max(sizes.values()) / min(sizes.values()) <= BALANCE_FROM:
             continue
-        before = dict(sizes)
-        for one, other, exponent in _exponents(sizes, layer, parent):
+        if before is None:
+            before = probe().clone()
+        listed = ", ".join(f"{name} {value:.3g}" for name, value in sizes.items())
+        here: list[tuple[str, str, int]] = []
+        for one, other, exponent in _exponents(sizes, layer, group[0]):
             names = f"{parent}.{one}", f"{parent}.{other}"
             modules = [layer.linears.get(name) for name in names]
-            if None in modules or not _scale(modules[0], modules[1], exponent, rows=other == "k_proj"):
+            if None in modules or not _scale(modules[0], modules[1], exponent, both=other == "k_proj"):
                 continue
-            done.append((*names, exponent))
+            here.append((*names, exponent))
             sizes[one] *= 2.0**exponent
             if other in sizes:
                 sizes[other] *= 2.0**-exponent
+        if here and not torch.equal(probe(), before):
+            for one, other, exponent in reversed(here):
+                _scale(layer.linears[one], layer.linears[other], -exponent, both=other.endswith("k_proj"))
+            notes.append(
+                f"{parent}: its parts differ in size ({listed}); balancing them changed an output, so it was undone"
+            )
+            continue
+        done += here
         left = max(sizes.values()) / min(sizes.values())
         if left > BALANCE_FROM:
-            listed = ", ".join(f"{name} {value:.3g}" for name, value in before.items())
             notes.append(
                 f"{parent}: the parts of one GEMM differ in size ({listed}) and cannot be brought closer than "
-                f"{left:.3g} times without changing an output; small weights lose precision"
+                f"{left:.3g} times without changing an output; small weights may lose precision"
             )
-    for block in layer.experts:
-        done += _balance_experts(block)
     return done, notes
 
 
-def _exponents(sizes: dict[str, float], layer: Layer, parent: str) -> Iterator[tuple[str, str, int]]:
+def _exponents(sizes: dict[str, float], layer: Layer, member: str) -> Iterator[tuple[str, str, int]]:
     """(part, against, exponent) in the order in which they are to be done."""
+    owner, parts = _owner(layer, layer.linears[member])
     if {"gate_proj", "up_proj"} <= sizes.keys():
-        yield "up_proj", "down_proj", round(math.log2(sizes["gate_proj"] / sizes["up_proj"]))
+        if parts <= MLP_PARTS:
+            yield "up_proj", "down_proj", round(math.log2(sizes["gate_proj"] / sizes["up_proj"]))
         return
-    if not {"q_proj", "k_proj", "v_proj"} <= sizes.keys():
-        return
-    inside = layer.attention_module
-    if inside is None or getattr(inside, "v_norm", None) is not None:
+    clipped = getattr(getattr(owner, "config", None), "clip_qkv", None)
+    if not {"q_proj", "k_proj", "v_proj"} <= sizes.keys() or not parts <= ATTENTION_PARTS or clipped is not None:
         return
     q, k = sizes["q_proj"], sizes["k_proj"]
-    if getattr(inside, "q_norm", None) is None and getattr(inside, "k_norm", None) is None:
+    if not parts & {"q_norm", "k_norm"}:
         exponent = round(math.log2(k / q) / 2)
-        if exponent:
-            yield "q_proj", "k_proj", exponent
+        yield "q_proj", "k_proj", exponent
         q, k = q * 2.0**exponent, k * 2.0**-exponent
-    exponent = round(math.log2(max(q, k) / sizes["v_proj"]))
-    if exponent:
-        yield "v_proj", "o_proj", exponent
+    yield "v_proj", "o_proj", round(math.log2(max(q, k) / sizes["v_proj"]))
+
+
+def _owner(layer: Layer, linear: Any) -> tuple[Any, set[str]]:
+    """The module that a linear layer stands in, and the names of what stands there, observers left out."""
+    for module in layer.module.modules():
+        if any(child is linear for child in module.children()):
+            children = {name for name, child in module.named_children() if child is not None}
+            return module, {name for name in children if not name.endswith("_quantizer")}
+    return None, {"?"}
 
 
 def _size(weight: Any) -> float:
     return float(weight.detach().abs().amax().item())
 
 
-def _scale(module: Any, against: Any, exponent: int, rows: bool) -> bool:
+def _scale(module: Any, against: Any, exponent: int, both: bool) -> bool:
     """Scale `module`'s rows and bias by 2^exponent and `against` by its inverse; False where BF16 would round.
 
-    With `rows`, `against` also makes outputs (k against q), so that its bias goes with it.
+    With `both`, `against` also makes outputs (k against q), so that its bias goes with it.
     """
     if exponent == 0:
         return False
     changes = [(module.weight, exponent), (module.bias, exponent), (against.weight, -exponent)]
-    if rows:
+    if both:
         changes.append((against.bias, -exponent))
     changes = [(value, power) for value, power in changes if value is not None]
     if not all(_exact(value, power) for value, power in changes):
@@ -442,20 +476,14 @@ def _exact(value: Any, power: int) -> bool:
     return bool(torch.equal(scaled * 2.0**-power, value.detach()) and scaled.isfinite().all())
 
 
-def _balance_experts(block: Experts) -> list[tuple[str, str, int]]:
-    """up against down, expert by expert."""
-    done = []
-    weights, half = block.module.gate_up_proj, block.module.gate_up_proj.shape[1] // 2
-    sizes = weights.detach().abs().amax(dim=2)
-    gates, ups = sizes[:, :half].amax(1).tolist(), sizes[:, half:].amax(1).tolist()
-    for expert, (gate, up) in enumerate(zip(gates, ups, strict=True)):
-        if min(gate, up) <= 0 or max(gate / up, up / gate) <= BALANCE_FROM:
-            continue
-        exponent = round(math.log2(gate / up))
-        rows, against = weights.data[expert, half:], block.module.down_proj.data[expert]
-        if _exact(rows, exponent) and _exact(against, -exponent):
-            rows.mul_(2.0**exponent)
-            against.mul_(2.0**-exponent)
-            _, name, down = block.names[expert]
-            done.append((name, down, exponent))
-    return done
+@contextmanager
+def _without_quantizers(module: Any) -> Iterator[None]:
+    """No quantizer does anything within: those that were never calibrated would quantize as they see fit."""
+    found = [child for child in module.modules() if hasattr(child, "disable_quant") and child.is_enabled]
+    for quantizer in found:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.enable()

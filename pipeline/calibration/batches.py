@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.checkpoint.source import SourceError
 
 BATCH_TOKENS = 4096  # computed at once: fills a GPU's matrix units, and stays small beside a layer
+DAY = "01 Jan 2026"  # for templates that name today's date: the same captions give the same tokens tomorrow
 QUESTION = "Describe the image in one sentence."  # what the caption answers, with template: chat
 
 
@@ -124,7 +125,7 @@ def _chat(tokenizer: Any, text: str, root: Path) -> list[int]:
     for wrap in (lambda content: content, lambda content: [{"type": "text", "text": content}]):
         turns = [{"role": "user", "content": wrap(QUESTION)}, {"role": "assistant", "content": wrap(text)}]
         try:
-            made = tokenizer.apply_chat_template(turns, tokenize=False)
+            made = tokenizer.apply_chat_template(turns, tokenize=False, date_string=DAY, strftime_now=lambda _: DAY)
             if text in made:
                 return list(tokenizer(made, add_special_tokens=False, verbose=False).input_ids)
         except Exception as error:  # templates raise what they like; the other form of content may be the right one

@@ -115,6 +115,7 @@ class CaptionSet:
     empty: int
     duplicates: int
     over_per_image: int
+    terms: tuple[Terms, ...] = ()
 
 
 def load_captions(wanted: Calibration) -> CaptionSet:
@@ -127,7 +128,9 @@ def load_captions(wanted: Calibration) -> CaptionSet:
     keys = ("calibration.samples", "calibration.per_image")
     made = choose(source.captions, wanted.seed, wanted.samples, wanted.per_image, wanted.captions, keys)
     texts = tuple(caption.text for caption in made.captions)
-    return CaptionSet(texts, wanted.captions, source.files, made.read, made.empty, made.duplicates, made.over_per_image)
+    return CaptionSet(
+        texts, wanted.captions, source.files, made.read, made.empty, made.duplicates, made.over_per_image, source.terms
+    )
 
 
 # --- choosing ---------------------------------------------------------------------------------------

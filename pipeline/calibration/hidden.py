@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,34 @@ if TYPE_CHECKING:
 CHUNK = 32 << 20
 
 
-def scratch(plan: Plan, partial: Path) -> Path:
-    """The directory of files that live as long as a run: below the recipe's work directory, or in OUTPUT.partial."""
-    work = plan.recipe.runtime.work_directory
-    if work is None:
-        return partial / "quantize" / "hidden"
-    return Path(work).expanduser().absolute() / f"{Path(plan.recipe.output).name}.hidden"
+class Scratch:
+    """The files that live as long as a run: in OUTPUT.partial, or in the recipe's work directory.
 
+    Only files of this run's names are ever removed: the work directory is the user's. Its names hold a hash of the
+    output's path, so that runs to several outputs of one name do not meet.
+    """
 
-def clear_scratch(plan: Plan, partial: Path) -> None:
-    """Remove what `scratch` holds."""
-    shutil.rmtree(scratch(plan, partial), ignore_errors=True)
+    def __init__(self, plan: Plan, partial: Path) -> None:
+        self._partial, work = partial, plan.recipe.runtime.work_directory
+        self.directory = Path(work).expanduser().absolute() if work else partial / "quantize" / "hidden"
+        mark = hashlib.sha256(str(partial.absolute()).encode()).hexdigest()[:12]
+        self._prefix = f"{Path(plan.recipe.output).name}-{mark}-hidden-" if work else "hidden-"
+
+    def file(self, name: str) -> Path:
+        """A file of this run."""
+        return self.directory / f"{self._prefix}{name}.bin"
+
+    def relative(self, path: Path) -> str:
+        """A path as the journal holds it: from OUTPUT.partial on, where it lies there."""
+        return str(path.relative_to(self._partial)) if path.is_relative_to(self._partial) else str(path)
+
+    def clear(self) -> None:
+        """Remove this run's files, and the directory where it is the run's own."""
+        for path in self.directory.glob(f"{glob.escape(self._prefix)}*"):
+            path.unlink(missing_ok=True)
+        if self.directory.is_relative_to(self._partial):
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
 
 
 class HiddenStates:
@@ -35,10 +53,10 @@ class HiddenStates:
     Args:
         plan: with a calibration; says how many tokens and where they wait.
         device: what computes.
-        directory: of the file, where they wait in one.
+        scratch: has the file, where they wait in one.
     """
 
-    def __init__(self, plan: Plan, device: Any, directory: Path) -> None:
+    def __init__(self, plan: Plan, device: Any, scratch: Scratch) -> None:
         import torch
 
         assert plan.calibration is not None
@@ -55,8 +73,8 @@ class HiddenStates:
         elif place == "host":
             self._all = torch.empty(shape, dtype=torch.bfloat16, pin_memory=device.type == "cuda")
         else:
-            directory.mkdir(parents=True, exist_ok=True)
-            path = directory / "hidden-now.bin"
+            path = scratch.file("now")
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             flat = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=torch.bfloat16)
             path.unlink()  # the mapping holds it; nothing stays behind, however this process ends
@@ -78,16 +96,20 @@ class HiddenStates:
         """Write all states to a file, durably and all at once; returns its length and SHA-256."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft, digest, nbytes = path.with_suffix(".new"), hashlib.sha256(), 0
-        with draft.open("wb") as file:
-            for part in self._chunks():
-                data = memoryview(part.cpu().contiguous().view(-1).view(_uint8()).numpy())
-                digest.update(data)
-                file.write(data)
-                nbytes += len(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        sync_directory(path.parent)
+        try:
+            with draft.open("wb") as file:
+                for part in self._chunks():
+                    data = memoryview(part.cpu().contiguous().view(-1).view(_uint8()).numpy())
+                    digest.update(data)
+                    file.write(data)
+                    nbytes += len(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            sync_directory(path.parent)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
         return nbytes, digest.hexdigest()
 
     def load(self, path: Path, nbytes: int, sha256: str) -> bool:
@@ -103,7 +125,7 @@ class HiddenStates:
                     data = bytearray(part.numel() * 2)
                     file.readinto(data)
                     part.copy_(_bf16(data).view(part.shape))
-        except FileNotFoundError:
+        except OSError:
             return False
         return True
 

@@ -5,7 +5,7 @@ read once and each layer runs each batch once: hidden states wait between two la
 a file. After a layer they may be saved; a killed run goes on from the last ones saved.
 
 The forward is BF16 and passes values through unquantized while ranges are collected, as ModelOpt's and
-llm-compressor's own calibration does, so what a layer computes does not depend on the scheme.
+llm-compressor's own calibration does.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backends.base import CalibratedBackend, Ranges
+from pipeline.backends.base import CalibratedBackend, CalibrationError, Ranges
 from pipeline.backends.fp8 import NonFiniteWeight, check_finite
-from pipeline.calibration.hidden import HiddenStates, scratch
+from pipeline.calibration.hidden import HiddenStates, Scratch
 from pipeline.calibration.machine import import_libraries
 from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
 from pipeline.checkpoint.source import SourceError, Tensor
 from pipeline.checkpoint.writer import ShardWriter
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.events import EventLog, rss_bytes
+from pipeline.events import EventLog, peak_rss_bytes, reset_peak_rss
 from pipeline.journal import Digest, Journal, Saved
 from pipeline.plan import LayerUnit, Piece, Plan
 from pipeline.stream import Compute, Totals
@@ -52,6 +52,7 @@ class Calibrated:
         forwards: layer forwards.
         replayed: layers that an earlier run had finished and that only ran forwards.
         imports: seconds spent importing torch, transformers and the quantization libraries.
+        notes: what went otherwise than planned, for the user.
     """
 
     layers: int = 0
@@ -59,6 +60,7 @@ class Calibrated:
     forwards: int = 0
     replayed: int = 0
     imports: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 def run_layers(
@@ -123,7 +125,7 @@ class _Stream:
         self.device = torch.device(self.calibration.device.kind)
         self.compute = Compute(plan, [piece for layer in plan.layers for piece in layer.pieces])
         self.buffers = _LayerBuffers(plan.layers, self.device)
-        self.scratch = scratch(plan, journal.partial)
+        self.scratch = Scratch(plan, journal.partial)
         self.saved_at = time.monotonic()
 
     def run(self, first_open: LayerUnit) -> None:
@@ -203,6 +205,8 @@ class _Stream:
         import torch
 
         timing: dict[str, Any] = {}
+        self.totals.peak_rss_bytes = max(self.totals.peak_rss_bytes, peak_rss_bytes())
+        reset_peak_rss()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begin = time.time()
@@ -211,19 +215,30 @@ class _Stream:
         timing["load"] = (begin, time.time())
         counts = _count_expert_tokens(layer)
 
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+        def run(number: int) -> Any:
+            result = layer.module(hidden.take(number), **calls[number][unit.index])
+            return result[0] if isinstance(result, tuple) else result
+
         def forward() -> None:
             start = time.time()
             for number in range(len(calls)):
-                result = layer.module(hidden.take(number), **calls[number][unit.index])
-                hidden.put(number, result[0] if isinstance(result, tuple) else result)
+                result = run(number)
+                finite.logical_and_(result.isfinite().all())
+                hidden.put(number, result)
                 self.seen.forwards += 1
             self._wait()
             timing["forward"] = (start, time.time())
+            if not bool(finite):
+                raise CalibrationError(
+                    f"{unit.label}: what it computes is not finite; its weights are damaged, or overflow in BF16"
+                )
 
         made: dict[str, Any] = {}
         with torch.no_grad():
             try:
-                ranges = self.backend.calibrate(layer, forward)
+                ranges = self.backend.calibrate(layer, forward, lambda: run(len(calls) - 1))
             except torch.OutOfMemoryError:
                 tokens = max(batch.tokens for batch in self.calibration.batches.batches)
                 raise PipelineError(
@@ -271,7 +286,8 @@ class _Stream:
                     view = raw.add(tensor)
                     read_exactly(file, shard, tensor.name, tensor.offset, view)
                     self.seen.reads[tensor.name] += 1
-                    _refuse_not_finite(tensor, view)
+                    if tensor.name.endswith((".weight", ".bias", "_proj")):  # a mask in a buffer may well hold -Inf
+                        _refuse_not_finite(tensor, view)
             finally:
                 os.close(file)
             refuse_changed(shard)
@@ -325,7 +341,7 @@ class _Stream:
         rate = round(tokens / max(end - begin, 1e-9))
         self.log.write(
             "layer", label=unit.label, index=unit.index, **timing, bytes_read=unit.nbytes, tokens=tokens,
-            tokens_per_s=rate, rss_bytes=rss_bytes(), **more,
+            tokens_per_s=rate, rss_bytes=peak_rss_bytes(), **more,
         )  # fmt: skip
 
     # --- hidden states before the first layer, and between two runs ---
@@ -372,20 +388,29 @@ class _Stream:
         saved = self.journal.saved
         if saved is None or saved.layer >= first_open:
             return 0
-        if not hidden.load(self.scratch / saved.file, saved.nbytes, saved.sha256):
+        path = self.journal.partial / saved.file
+        if not hidden.load(path, saved.nbytes, saved.sha256):
             self.log.write("hidden_lost", layer=saved.layer, file=saved.file)
+            self.seen.notes.append(f"{path}: the hidden states saved there are lost; all forwards ran again")
             return 0
         return saved.layer + 1
 
     def _save(self, hidden: HiddenStates, unit: LayerUnit) -> None:
         """One generation is kept: the one before goes once the journal knows the new one."""
         begin, before = time.time(), self.journal.saved
-        name = f"hidden-{unit.index:05d}.bin"
-        nbytes, digest = hidden.save(self.scratch / name)
-        self.journal.save(Saved(unit.index, name, nbytes, digest))
-        if before is not None and before.file != name:
-            (self.scratch / before.file).unlink(missing_ok=True)
+        path = self.scratch.file(f"{unit.index:05d}")
         self.saved_at = time.monotonic()
+        try:
+            nbytes, digest = hidden.save(path)
+        except OSError as error:  # a later resume has more to replay; that is no reason to end
+            self.log.write("hidden_not_saved", layer=unit.index, error=str(error))
+            self.seen.notes.append(
+                f"{path}: hidden states could not be saved ({error.strerror}); a resume would replay"
+            )
+            return
+        self.journal.save(Saved(unit.index, self.scratch.relative(path), nbytes, digest))
+        if before is not None and (old := self.journal.partial / before.file) != path:
+            old.unlink(missing_ok=True)
         self.log.write("hidden_saved", layer=unit.index, bytes=nbytes, span=[begin, time.time()])
 
 
@@ -499,10 +524,10 @@ def _count_expert_tokens(layer: Layer) -> Callable[[], dict[str, list[int]]]:
         name, experts = f"{layer.prefix}.{block.path}", len(block.names)
 
         def look(_module: Any, args: Any, kwargs: Any, name: str = name, experts: int = experts) -> None:
-            chosen = next(
-                value for value in (*args, *kwargs.values())
-                if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
-            )  # fmt: skip
+            numbered = (torch.int64, torch.int32)
+            chosen = next((v for v in (*args, *kwargs.values()) if getattr(v, "dtype", None) in numbered), None)
+            if chosen is None:
+                return
             numbers = torch.arange(experts, device=chosen.device)
             seen = (chosen.reshape(-1, 1) == numbers).sum(0)
             counts[name] = seen if name not in counts else counts[name] + seen

@@ -48,6 +48,7 @@ class Layer:
             has no attention with keys and values.
         attention_module: its module.
         device: where the weights are.
+        tensors: the layer's tensors as they were read, by tensor name; BF16 weights on a CPU are these very values.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Layer:
     attention: str | None
     attention_module: Any
     device: Any
+    tensors: Mapping[str, Any]
 
 
 class Skeleton:
@@ -125,7 +127,7 @@ class Skeleton:
         import torch
 
         selection = self._selection
-        first = next(n for n, c in selection.choices.items() if c.layer == 0 and c.role in ("linear", "experts"))
+        first = next(n for n, c in selection.choices.items() if c.layer == 0 and n.endswith(".weight"))
         path = self.path_of(first)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.ModuleList) and path.startswith(f"{name}.0."):
@@ -161,7 +163,7 @@ class Skeleton:
         if attention is not None:
             key = next(n for n in tensors if n in (f"{attention}.k_proj.weight", f"{attention}.qkv_proj.weight"))
             attention_module = self.model.get_submodule(self.path_of(key).rsplit(".", 2)[0])
-        return Layer(index, prefix, module, linears, experts, attention, attention_module, self.device)
+        return Layer(index, prefix, module, linears, experts, attention, attention_module, self.device, tensors)
 
     def drop_layer(self, index: int) -> None:
         """Let go of a layer's weights; it is never run again."""
@@ -186,7 +188,9 @@ class Skeleton:
         wrong += [
             f"{name}: {list(found)} instead of {list(expected)}" for name, found, expected in info.mismatched_keys
         ]
-        wrong += [f"{name}: the model has no such parameter" for name in info.unexpected_keys]
+        # what the class does not know, such as the inv_freq of old checkpoints, it does without, as from_pretrained
+        needed = {self.path_of(n) for n in tensors if self._selection.choices[n].role in ("linear", "experts")}
+        wrong += [f"{name}: the model has no such parameter" for name in info.unexpected_keys if name in needed]
         if wrong:
             raise SourceError(f"{self._checkpoint.label}: transformers cannot load {wrong[0]}")
 

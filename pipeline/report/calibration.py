@@ -29,6 +29,7 @@ def as_json(plan: Plan, journal: Journal) -> dict[str, Any]:
             "empty": captions.empty,
             "duplicates": captions.duplicates,
             "over_per_image": captions.over_per_image,
+            "terms": [{"licence": terms.licence, "attribution": terms.attribution} for terms in captions.terms],
         },
         "batches": {
             "samples": batches.samples,

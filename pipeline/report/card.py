@@ -55,8 +55,7 @@ def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
         "scheme": plan.recipe.scheme,
         "exact": plan.recipe.backend == "modelopt" and plan.recipe.backend_options.exact,
         "calibration": plan.calibration,
-        "embedded": plan.calibration is not None and plan.calibration.captions.origin == "embedded",
-        "coco": plan.calibration is not None and "coco" in plan.calibration.captions.origin.lower(),
+        "terms": plan.calibration.captions.terms if plan.calibration is not None else (),
         "findings": findings,
         "custom_code": bool(source.config.get("auto_map")),
     }

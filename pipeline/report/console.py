@@ -201,6 +201,8 @@ class Console:
                 f"{seen.layers} layers{replay}: {len(seen.reads)} weights read {times}, {seen.forwards} layer "
                 f"forwards; imports took {seen.imports:.1f} s"
             )
+        for line in seen.notes:
+            self.say(f"note: {line}")
         for line in findings[:MOST_FINDINGS]:
             self.say(f"note: {line}")
         if len(findings) > MOST_FINDINGS:

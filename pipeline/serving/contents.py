@@ -11,7 +11,7 @@ from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
 from pipeline.journal import JOURNAL, read_pieces
 from pipeline.model.selection import Selection, select
-from pipeline.serving.verify import Report, expected_modules
+from pipeline.serving.verify import FP8, Report, expected_modules
 
 CHUNK = 16 << 20
 
@@ -60,13 +60,13 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Rep
             again += 1
             try:
                 if method == "modelopt":
-                    wrong = _repack(source, tensor, result, role, selection, powers)
+                    wrong, far = _repack(source, tensor, result, role, selection, powers)
                 else:
-                    wrong = _requantize(source, tensor, result, role, selection)
+                    wrong, far = _requantize(source, tensor, result, role, selection)
             except NonFiniteWeight:
                 report.problems.append(f"{name}: NaN or Inf in the source")
                 continue
-            if wrong and not ours:
+            if wrong and not ours and not far:
                 other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
             elif wrong:
                 numerics = "ModelOpt's" if method == "modelopt" else "llm-compressor's"
@@ -78,7 +78,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Rep
         report.checked.append(
             f"{len(powers)} modules were balanced: the source times a power of two, against each other"
         )
-    bits = f"the same bits but for {other}, made elsewhere" if other else "the same bits"
+    bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
     report.checked.append(f"{again} source tensors quantized once more: {bits}")
 
 
@@ -100,21 +100,21 @@ def _scaled(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor, powers:
     import torch
 
     power = powers.get(tensor.name.removesuffix(".bias"), 0)
-    if not power or not tensor.name.endswith(".bias") or tensor.dtype != "BF16":
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(tensor.dtype)
+    if not power or not tensor.name.endswith(".bias") or kind is None:
         return False
-    values = [
-        torch.frombuffer(bytearray(read_tensor(c, t)), dtype=torch.bfloat16) for c, t in ((a, tensor), (b, other))
-    ]
-    return bool(torch.equal(values[0] * 2.0**power, values[1]))
+    before, after = (torch.frombuffer(bytearray(read_tensor(c, t)), dtype=kind) for c, t in ((a, tensor), (b, other)))
+    return bool(torch.equal(before * 2.0**power, after))
 
 
 def _repack(
     source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection, powers: dict[str, int]
-) -> str | None:
-    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale clips anything."""
+) -> tuple[str | None, bool]:
+    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale fits the weight."""
     import torch
     from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
 
+    wrong: str | None = None
     layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
     modules = list(expected_modules(tensor.name, tensor, role, selection))
     each = len(modules) // layout.experts if layout else 1
@@ -134,15 +134,18 @@ def _repack(
         for (module, _, _), part in zip(stacked, parts, strict=True):
             codes, scale = (result.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "weight_scale"))
             if codes is None or scale is None or scale.dtype != "F32":
-                return f"{module}.weight"
+                return f"{module}.weight", True
             part = part.contiguous() * 2.0 ** powers.get(module, 0)
             factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=torch.float32).view(())
-            if float(part.abs().amax()) > float(factor) * 448.0 * (1 + 2.0**-20):
-                return f"{module}.weight_scale"
-            made = to_quantized_weight(part, factor, QUANTIZATION_FP8).view(torch.uint8)
-            if read_tensor(result, codes) != made.numpy().tobytes():
-                return f"{module}.weight"
-    return None
+            largest = float(part.abs().amax())
+            if largest and not largest * (1 - 2.0**-20) <= float(factor) * 448.0:
+                return f"{module}.weight_scale", True
+            made = to_quantized_weight(part, factor, QUANTIZATION_FP8).view(torch.uint8).numpy().tobytes()
+            if (there := read_tensor(result, codes)) != made:
+                wrong = wrong or f"{module}.weight"
+                if _far(made, there, FP8):
+                    return f"{module}.weight", True
+    return wrong, False
 
 
 def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
@@ -151,8 +154,28 @@ def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
     return all(read_tensor(a, tensor, s, n) == read_tensor(b, other, s, n) for s, n in zip(starts, sizes, strict=True))
 
 
-def _requantize(source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection) -> str | None:
-    """The first output tensor whose bytes are not those of `tensor` quantized again; None if all are."""
+def _far(made: bytes, found: bytes, kind: str) -> bool:
+    """Whether two arrays are further apart than one rounding: a step of E4M3's codes, or of a scale's last bit.
+
+    The patterns of floating-point numbers of one sign are ordered as the numbers are.
+    """
+    import torch
+
+    if len(made) != len(found):
+        return True
+    width = {"F8_E4M3": torch.uint8, "BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}[kind]
+    a, b = (torch.frombuffer(bytearray(data), dtype=width).to(torch.int64) for data in (made, found))
+    sign = {"F8_E4M3": 0x80, "BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000}[kind]
+    a, b = (torch.where((v & sign) != 0, -(v & (sign - 1)), v & (sign - 1)) for v in (a, b))
+    nan = kind == "F8_E4M3" and bool((b.abs() == 0x7F).any())
+    return nan or bool((a - b).abs().max() > 1)
+
+
+def _requantize(
+    source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection
+) -> tuple[str | None, bool]:
+    """The first output tensor whose bytes are not those of `tensor` quantized again, and whether one is far off."""
+    wrong: str | None = None
     quantize, width = FP8Dynamic().quantizer(tensor.dtype), DTYPE_BYTES[tensor.dtype]
     modules = list(expected_modules(tensor.name, tensor, role, selection))
     layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
@@ -185,7 +208,9 @@ def _requantize(source: Checkpoint, tensor: Tensor, result: Checkpoint, role: st
                 ("weight_scale", scales[top * width : (top + height) * width]),
             ):
                 found = result.tensors.get(f"{module}.{suffix}")
-                if found is not None and read_tensor(result, found) != made:
-                    return f"{module}.{suffix}"
+                if found is not None and (there := read_tensor(result, found)) != made:
+                    wrong = wrong or found.name
+                    if _far(bytes(made), there, found.dtype):
+                        return found.name, True
             top += height
-    return None
+    return wrong, False

@@ -381,7 +381,13 @@ def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> Non
         for name, tensor in result.tensors.items()
         if is_linear_shaped(tensor) and selection.choices[name].role != "embedding"
     }
-    report.problems += ignore.problems(linears, {name.rpartition(".")[0] for name in result.tensors})
+    modules = {name.rpartition(".")[0] for name in result.tensors}
+    for name in result.tensors:  # fused experts that stay as they are go by their experts' names in a config
+        block, _, kind = name.rpartition(".")
+        if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
+            for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
+                modules.update(module for module, _, _ in parts)
+    report.problems += ignore.problems(linears, modules)
     plain = sum(dtype != FP8 for dtype in linears.values())
     report.checked.append(f"{plain} plain linear weights: the config ignores each, and no FP8 weight")
 
