@@ -10,8 +10,10 @@ llm-compressor's own calibration does.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -145,7 +147,10 @@ class _Stream:
                 ThreadPoolExecutor(1, thread_name_prefix="write") as behind,
                 ThreadPoolExecutor(self.plan.threads, thread_name_prefix="quantize") as pool,
             ):
-                self._pass(self.plan.layers[first:], skeleton, hidden, calls, reader, behind, pool)
+                try:
+                    self._pass(self.plan.layers[first:], skeleton, hidden, calls, reader, behind, pool)
+                finally:
+                    self.buffers.close()
         finally:
             hidden.close()
 
@@ -206,6 +211,7 @@ class _Stream:
 
         timing: dict[str, Any] = {}
         self.totals.peak_rss_bytes = max(self.totals.peak_rss_bytes, peak_rss_bytes())
+        _return_memory()
         reset_peak_rss()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -417,6 +423,7 @@ class _Stream:
 # --- what a layer is read into -----------------------------------------------------------------------
 
 ALIGNMENT = 64
+IN_FLIGHT = 2
 
 
 class _RawLayer:
@@ -451,24 +458,34 @@ class _RawLayer:
 
 
 class _LayerBuffers:
-    """Reused memory for layers: one is read, one computed, one written."""
+    """Reused memory for two layers: while one is computed, and then written, the other is read."""
 
     def __init__(self, layers: tuple[LayerUnit, ...], device: Any) -> None:
         self._size = max(layer.nbytes + ALIGNMENT * len(layer.tensors) for layer in layers)
         self._pinned = device.type == "cuda"
-        self._free: list[_RawLayer] = []
+        self._free: queue.SimpleQueue[_RawLayer | None] = queue.SimpleQueue()
+        self._made = 0
 
     def take(self) -> _RawLayer:
+        """A free one; waits for it."""
         import torch
 
-        try:
-            return self._free.pop()
-        except IndexError:
+        if self._made < IN_FLIGHT:
+            self._made += 1
             return _RawLayer(torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned))
+        raw = self._free.get()
+        if raw is None:
+            raise Interrupted("the run ended")
+        return raw
 
     def give_back(self, raw: _RawLayer) -> None:
+        """It may be used again."""
         raw.clear()
-        self._free.append(raw)
+        self._free.put(raw)
+
+    def close(self) -> None:
+        """Nobody waits from now on."""
+        self._free.put(None)
 
 
 def _torch_dtypes() -> dict[str, Any]:
@@ -540,6 +557,14 @@ def _count_expert_tokens(layer: Layer) -> Callable[[], dict[str, list[int]]]:
         return {name: value.tolist() for name, value in counts.items()}
 
     return end
+
+
+def _return_memory() -> None:
+    """Give what the layer before left free back to the system, so that the heap's holes do not grow with the depth."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        return
 
 
 @contextmanager
