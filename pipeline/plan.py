@@ -755,6 +755,24 @@ def summary(plan: Plan) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: (row["fate"] != "quantize", -row["source_bytes"]))
 
 
+def _calibration_json(found: CalibrationPlan) -> dict[str, Any]:
+    batches = found.batches
+    return {
+        "captions": found.captions.origin,
+        "samples": batches.samples,
+        "tokens": batches.tokens,
+        "shortest": batches.shortest,
+        "longest": batches.longest,
+        "cut": batches.cut,
+        "batches": len(batches.batches),
+        "computed_over_real_tokens": batches.padding,
+        "device": found.device.name,
+        "hidden_states": {"place": found.place, "bytes": found.needs.hidden},
+        "layer_bytes": found.needs.layer,
+        "forwards": len(found.layers) * len(batches.batches),
+    }
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """The whole plan as plain data: every tensor, every place."""
     source = plan.checkpoint
@@ -784,6 +802,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "carried": list(source.sidecars),
         "left_behind": [{"file": name, "reason": reason} for name, reason in source.left_behind],
         "warnings": list(plan.warnings),
+        "calibration": None if plan.calibration is None else _calibration_json(plan.calibration),
         "tensors": [
             {
                 "name": fate.tensor.name,

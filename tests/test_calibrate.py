@@ -73,9 +73,12 @@ def true_ranges(source: Path, text: str) -> tuple[dict[int, dict[str, float]], d
 
             module.register_forward_pre_hook(note)
     torch.set_num_threads(plan.threads)
+    device = plan.calibration.device.kind
+    model.to(device)
     with torch.no_grad():
         for batch in plan.calibration.batches.batches:
-            model(input_ids=torch.tensor(batch.ids, dtype=torch.long).view(batch.rows, -1), use_cache=False)
+            ids = torch.tensor(batch.ids, dtype=torch.long, device=device).view(batch.rows, -1)
+            model(input_ids=ids, use_cache=False)
     return seen, inputs
 
 
@@ -471,7 +474,9 @@ def test_wishes_that_do_not_fit_the_machine(
         quantize(path, "runtime.hidden_states=device", "runtime.device=cpu"), 2, "there is no GPU in this run"
     )
     assert_one_clear_line(quantize(path, "calibration.samples=9999"), 2, "calibration.samples")
-    done = quantize("plan", path)
+    done = quantize("plan", path, "runtime.device=cpu")
     assert done.returncode == 0, done.stderr
     assert "calibration: 24 captions" in done.stdout and "layers run on CPU" in done.stdout
+    told = json.loads(quantize("plan", path, "--json").stdout)["calibration"]
+    assert told["samples"] == 24 and told["forwards"] == 3 * told["batches"]
     assert not (tmp_path / "out.partial").exists()

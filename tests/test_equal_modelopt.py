@@ -27,11 +27,15 @@ made = plan.make_plan(wanted, hub.resolve(wanted.model.source, None))
 torch.set_num_threads(made.threads)
 source = wanted.model.source
 config = transformers.AutoConfig.from_pretrained(source)
-model = getattr(transformers, config.architectures[0]).from_pretrained(source, dtype="auto").eval()
+device = made.calibration.device.kind
+model = getattr(transformers, config.architectures[0]).from_pretrained(source, dtype="auto").eval().to(device)
 rules = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
 cache = [r for r in mtq.FP8_KV_CFG["quant_cfg"] if "bmm" in r["quantizer_name"]]
 rules["quant_cfg"] = rules["quant_cfg"][:3] + cache + rules["quant_cfg"][3:]
-batches = [torch.tensor(b.ids, dtype=torch.long).view(b.rows, b.length) for b in made.calibration.batches.batches]
+batches = [
+    torch.tensor(b.ids, dtype=torch.long, device=device).view(b.rows, b.length)
+    for b in made.calibration.batches.batches
+]
 assert sum(b.numel() for b in batches) == made.calibration.batches.tokens
 
 def loop(model):
