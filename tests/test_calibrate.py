@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline import recipe
-from pipeline.calibration.scales import cache_scale
+from pipeline.calibration.scales import bf16_up, cache_scale
 from pipeline.checkpoint import hub
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import make_plan
@@ -130,7 +130,7 @@ def test_what_is_fused_shares_a_scale_and_is_rounded_once(
             assert len({after[f"{name}.weight_scale"][2] for name in names}) == 1
             weights = {n: torch.frombuffer(bytearray(before[f"{n}.weight"][2]), dtype=torch.bfloat16) for n in names}
             largest = max(float(weight.abs().max()) for weight in weights.values())
-            scale = torch.tensor(largest / 448)
+            scale = torch.tensor(bf16_up(largest / 448))
             for name, weight in weights.items():
                 assert after[f"{name}.weight_scale"][2] == scale.numpy().tobytes()
                 codes = (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8)

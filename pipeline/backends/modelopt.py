@@ -3,7 +3,8 @@
 Exact mode gives the bits, names and configs of ``mtq.quantize`` and ``export_hf_checkpoint`` of ModelOpt 0.47.0
 (tests/test_equal_modelopt.py compares them). The default is made for serving with the same quantizers and the same
 cast: what vLLM fuses into one GEMM shares one ``weight_scale``, so that it is never rounded a second time; parts
-that differ much in size are first balanced by exact powers of two; KV scales are BF16 and come with q and prob.
+that differ much in size are first balanced by exact powers of two; weight scales are BF16 numbers, rounded up, so
+that the codes are the same on every device; KV scales are BF16 and come with q and prob.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import CalibrationError, Output, Ranges, cache_scales
-from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, usable
+from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, usable
 from pipeline.model.selection import FUSED_LINEARS, Selection
 
 if TYPE_CHECKING:
@@ -266,7 +267,9 @@ class ModelOptFP8:
             if value == 0:
                 ranges.notes.append(f"{name}: {word} is zero throughout; its scale is 1.0")
             scales.append(value / _BOUND if value else 1.0)
-        factor = torch.tensor(scales[0])
+        # A BF16 weight is divided in BF16 on a CPU, which rounds an F32 scale first; one that is BF16 already is the
+        # same number for the cast, for the server, and on every device.
+        factor = torch.tensor(scales[0] if self.exact else bf16_up(scales[0]))
         made[f"{name}.weight"] = to_quantized_weight(weight.detach(), factor, QUANTIZATION_FP8)
         made[f"{name}.weight_scale"] = factor
         made[f"{name}.input_scale"] = torch.tensor(scales[1])
