@@ -266,13 +266,15 @@ class ModelOptFP8:
                 )
             if value == 0:
                 ranges.notes.append(f"{name}: {word} is zero throughout; its scale is 1.0")
-            scales.append(value / _BOUND if value else 1.0)
-        # A BF16 weight is divided in BF16 on a CPU, which rounds an F32 scale first; one that is BF16 already is the
-        # same number for the cast, for the server, and on every device.
-        factor = torch.tensor(scales[0] if self.exact else bf16_up(scales[0]))
+            scales.append(_as_modelopt(value, weight.device) if self.exact else torch.tensor(value / _BOUND or 1.0))
+        factor, inward = scales
+        if not self.exact:
+            # A BF16 weight is divided in BF16 on a CPU, which rounds an F32 scale first; one that is BF16 already is
+            # the same number for the cast, for the server, and on every device.
+            factor = torch.tensor(bf16_up(factor.item()))
         made[f"{name}.weight"] = to_quantized_weight(weight.detach(), factor, QUANTIZATION_FP8)
         made[f"{name}.weight_scale"] = factor
-        made[f"{name}.input_scale"] = torch.tensor(scales[1])
+        made[f"{name}.input_scale"] = inward
 
     def _add_cache_scales(self, made: dict[str, Any], layer: Layer, ranges: Ranges) -> None:
         import torch
@@ -282,7 +284,7 @@ class ModelOptFP8:
             for key in "kv":
                 if not usable(amax := ranges.attention.get(key, math.nan)):
                     raise CalibrationError(f"{layer.attention}: {key} reaches {amax}, which gives no scale")
-                made[f"{layer.attention}.{key}_proj.{key}_scale"] = torch.tensor(amax, dtype=torch.float32) / _BOUND
+                made[f"{layer.attention}.{key}_proj.{key}_scale"] = _as_modelopt(amax, layer.device)
             return
         names = SCALE_NAMES["modelopt"]
         scales = {**cache_scales(layer.attention, ranges), "prob": PROB_SCALE}
@@ -297,6 +299,13 @@ def _amax(quantizer: Any) -> float:
     """What a quantizer has seen, as Python's float; NaN where it has seen nothing."""
     found = getattr(quantizer, "_amax", None)
     return math.nan if found is None else float(found.float().item())
+
+
+def _as_modelopt(amax: float, device: Any) -> Any:
+    """A scale as ModelOpt divides it: in F32 where the range is, which on a GPU may be a bit off the quotient."""
+    import torch
+
+    return torch.tensor(amax, dtype=torch.float32, device=device) / _BOUND
 
 
 def _weight_quantizers(module: Any) -> Iterator[Any]:
