@@ -120,13 +120,13 @@ class HiddenStates:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return False
-                file.seek(0)
-                for part in self._chunks():
-                    data = bytearray(part.numel() * 2)
-                    file.readinto(data)
-                    part.copy_(_bf16(data).view(part.shape))
         except OSError:
             return False
+        with path.open("rb") as file:  # from here on a failing drive ends the run: states would be half filled in
+            for part in self._chunks():
+                data = bytearray(part.numel() * 2)
+                file.readinto(data)
+                part.copy_(_bf16(data).view(part.shape))
         return True
 
     def _chunks(self) -> Any:

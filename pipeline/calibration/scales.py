@@ -35,7 +35,7 @@ _THREE = {key: name for key, name in _FOUR.items() if key != "prob"}
 # ModelOpt's own k_proj.k_scale fails at load in vLLM 0.24.0 on Qwen2.5-VL; compressed-tensors refuses a prob_scale.
 SCALE_NAMES = {
     "modelopt": ScaleNames(_FOUR, (), ("0.24.0 on an H200", "0.32.0 on a CPU")),
-    "compressed-tensors": ScaleNames(_THREE, (1,), ("0.24.0 on an H200", "0.32.0 on a CPU")),
+    "compressed-tensors": ScaleNames(_THREE, (1,), ("0.32.0 on a CPU",)),
 }
 
 
@@ -61,7 +61,7 @@ def usable(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
-# E4M3 at scale 1.0 clips above 448 and has lost half its mantissa's bits below 2**-8.
+# E4M3 at scale 1.0 clips above 448, and 2**-6 is its smallest normal number.
 LARGE, SMALL, STRANGE = E4M3_MAX, 2.0**-6, 32.0
 
 
