@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 
@@ -38,8 +38,9 @@ def main() -> None:
     """Convert a BF16 checkpoint into an FP8 one that vLLM serves.
 
     \b
-    quantize RECIPE [KEY=VALUE ...]        convert, verify, publish
+    quantize RECIPE [KEY=VALUE ...]        convert, verify, publish; with --smoke a test of it in a minute
     quantize plan RECIPE [KEY=VALUE ...]   what would happen, without reading a tensor
+    quantize verify CHECKPOINT             is it whole, and what will vLLM make of it
 
     KEY is a dotted key of the recipe, for instance output=/nvme/out or model.source=/models/x.
     """
@@ -53,13 +54,27 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @RECIPE
 @OVERRIDES
 @click.option("--fresh", is_flag=True, help="Start over: throw away a stopped run, replace an earlier result.")
-def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+@click.option(
+    "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then a forecast of the run."
+)
+@click.option("--keep", is_flag=True, help="With --smoke: leave the truncated source and result to look at.")
+def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bool, keep: bool) -> None:
     """Convert a checkpoint as RECIPE says (the word `run` may be left out)."""
     from pipeline import recipe as recipes
     from pipeline import runner
     from pipeline.report.console import Console
 
     console = Console()
+    if smoke:
+        from pipeline import smoke as smokes
+
+        done = _guarded(lambda: smokes.smoke(recipes.load(recipe, overrides), console, keep))
+        console.show_smoke(done)
+        if not done.report.passed:
+            sys.exit(1)
+        return
+    if keep:
+        _fail(UsageError("--keep: it belongs to --smoke"))
     outcome = _guarded(lambda: runner.run(recipes.load(recipe, overrides), console, fresh))
     console.show_outcome(outcome)
 
@@ -75,40 +90,61 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline import runner
     from pipeline.checkpoint import hub
 
-    def make() -> plans.Plan:
+    def make() -> tuple[plans.Plan, Any]:
         wanted = recipes.load(recipe, overrides)
         made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
         runner.preflight(made)
-        return made
+        return made, runner.find_server(wanted)
 
-    made = _guarded(make)
+    made, server = _guarded(make)
     if as_json:
         click.echo(json.dumps(plans.as_json(made)))
         return
     from pipeline.report.console import Console
 
-    Console().show_plan_table(made)
+    console = Console()
+    console.show_plan_table(made)
+    console.say(runner.how_verified(made.recipe, server))
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--source", help="What it was made from: a directory or a hub id.")
 @click.option("--revision", help="Of a hub id.")
+@click.option(
+    "--level",
+    type=click.Choice(["structure", "load", "generate"]),
+    default="load",
+    show_default=True,
+    help="How far: the files alone; vLLM's own loader; vLLM's engine against the source's answers.",
+)
+@click.option("--vllm-python", help="The Python of vLLM's environment, if not in the usual place.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def verify(checkpoint: Path, source: str | None, revision: str | None, as_json: bool) -> None:
-    """Check a quantized checkpoint: structure, recorded hashes and, with --source, every tensor's account."""
-    from pipeline.checkpoint import hub
-    from pipeline.serving.verify import check_structure
+def verify(
+    checkpoint: Path, source: str | None, revision: str | None, level: str, vllm_python: str | None, as_json: bool
+) -> None:
+    """Check a quantized checkpoint, whoever made it.
 
-    report = _guarded(
-        lambda: check_structure(checkpoint, hub.resolve(source, revision) if source else None, contents=True)
-    )
+    Structure and recorded hashes; with --source every tensor's account and bytes; then vLLM's own loader, and its
+    engine where asked for. Exit status 1 says that something is wrong with it.
+    """
+    from pipeline.checkpoint import hub
+    from pipeline.report.console import Console
+    from pipeline.serving import server, verify
+
+    console = Console()
+
+    def check() -> Any:
+        found = None if level == "structure" else server.find(vllm_python)
+        original = hub.resolve(source, revision) if source else None
+        say = (lambda text: None) if as_json else console.say
+        return verify.verify(checkpoint, original, cast(verify.Level, level), found, contents=True, say=say)
+
+    report = _guarded(check)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:
-        from pipeline.report.console import Console
-
-        Console().show_report(report)
+        console.show_report(report)
     if not report.passed:
         sys.exit(1)
 

@@ -254,11 +254,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     _check_ignore(backend, selection, fates, outputs)
     threads = recipe.runtime.threads or min(8, os.cpu_count() or 1)
     warnings = list(selection.warnings)
-    if recipe.verify != "structure":
-        warnings.append(
-            f"verify: {recipe.verify} needs vLLM, which this version does not drive yet; the structure is verified, "
-            "the result is not proven in vLLM"
-        )
     calibration = None
     if calibrated:
         calibration = _plan_calibration(recipe, checkpoint, layers, outputs)

@@ -76,6 +76,47 @@ class Quality(Section):
     min_top1: float | None = Field(None, gt=0, le=1)
 
 
+class RopeScaling(Section):
+    """YaRN, for contexts longer than the model was trained on."""
+
+    factor: float = Field(gt=1)
+    original_max_position_embeddings: int = Field(ge=1, description="Positions before scaling, e.g. 32768.")
+
+    @field_validator("factor", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Serve(Section):
+    """What quantize/serve.yaml says to ``vllm serve``; what is left out follows from the checkpoint."""
+
+    gpu_memory: str | None = Field(None, description="Of one GPU, e.g. 80GB: what cannot fit is refused.")
+    gpu_memory_utilization: float = Field(0.92, gt=0, lt=1, description="The share that this server may take.")
+    tensor_parallel_size: int = Field(1, ge=1)
+    max_model_len: int | None = Field(None, ge=1, description="Tokens; null: the model's limit, 32768 at most.")
+    max_num_seqs: int | None = Field(None, ge=1, description="Requests at once; null: vLLM's own.")
+    limit_mm_per_prompt: dict[str, int] | None = Field(None, description="For VLMs; null: four images and no video.")
+    kv_cache_dtype: str | None = Field(None, description="null: fp8 where the checkpoint holds KV scales.")
+    rope_scaling: RopeScaling | None = None
+    served_model_name: str | None = Field(None, description="null: the output's name.")
+    extra: dict[str, Any] = Field({}, description="Other arguments of vllm serve, by their names without dashes.")
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _gpu_memory(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    @field_validator("gpu_memory_utilization", mode="after")
+    @classmethod
+    def _leaves_room(cls, value: float) -> float:
+        if value > 0.98:
+            raise ValueError("a GPU that is filled to the brim fails under load; 0.92 is usual, 0.98 the most")
+        return value
+
+
 class ModelOptOptions(Section):
     """``backend_options`` of ModelOpt."""
 
@@ -128,7 +169,7 @@ class Common(Section):
     shard_size: str = Field("5GB", description="Upper bound of an output shard, e.g. 5GB or 500MB.")
     verify: Literal["structure", "load", "generate"] = "load"
     quality: Quality = Quality()
-    serve: dict[str, Any] = Field({}, description="What the serving profile should say.")
+    serve: Serve = Field(Serve(), description="What the serving profile should say.")
     runtime: Runtime = Runtime()
 
     @field_validator("shard_size")
@@ -550,6 +591,4 @@ def not_yet_built(recipe: Recipe) -> list[str]:
         missing.append("scheme: none (KV scales alone) is not built yet; name a BF16 checkpoint and a scheme")
     if recipe.quality != Quality():
         missing.append("quality: gates are not built yet; leave the section out")
-    if recipe.serve:
-        missing.append("serve: the serving profile is not built yet; leave the section out")
     return missing

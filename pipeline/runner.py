@@ -25,7 +25,10 @@ from pipeline.events import EventLog, layer_timings, peak_rss_bytes, read_events
 from pipeline.journal import LOCK, Journal, discard, read_identity
 from pipeline.plan import Plan, check_disk, differences, make_plan, size_text
 from pipeline.report import calibration as calibration_report
-from pipeline.serving.verify import Report, check_structure
+from pipeline.serving import profile
+from pipeline.serving.server import HOW_TO_GET, Server, find
+from pipeline.serving.structure import Report
+from pipeline.serving.verify import verify
 from pipeline.stream import Totals, run_stream, take_back_lost_units
 
 if TYPE_CHECKING:
@@ -75,9 +78,11 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
         plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
         if preflight(plan, fresh):
             return Outcome(output, True, _layers(output), Totals(), None)
+        server = find_server(recipe)
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
         console.show_plan(plan)
+        console.say(how_verified(recipe, server))
         journal = _work(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
             if fresh:
@@ -85,7 +90,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
                 discard(partial)
                 return Outcome(output, True, _layers(output), Totals(), None)
-            totals, report, calibrated = _convert(plan, journal, console, stop)
+            totals, report, calibrated = _convert(plan, journal, console, stop, server)
             findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
             _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
@@ -115,6 +120,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
         PipelineError: the disk is too small.
     """
     output, partial = places(plan.recipe)
+    profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)  # refuses what no stated GPU can hold
     for place in (output, partial):
         _refuse_overlap(plan, place, "output")
     if plan.recipe.runtime.work_directory is not None:
@@ -128,7 +134,30 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
     return False
 
 
-def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tuple[Totals, Report, Calibrated | None]:
+def find_server(recipe: Recipe) -> Server | None:
+    """The vLLM that will prove the result; None where the recipe asks for none, or there is none.
+
+    Raises:
+        UsageError: the one that is named does not exist.
+    """
+    return None if recipe.verify == "structure" else find(recipe.runtime.vllm_python)
+
+
+def how_verified(recipe: Recipe, server: Server | None) -> str:
+    """A line for the user, before the work: what the result will have passed."""
+    if recipe.verify == "structure":
+        return "verify: structure; the result will not be proven in vLLM"
+    if server is None:
+        return (
+            f"note: verify: {recipe.verify} needs vLLM, and none is installed: the structure alone will be verified, "
+            f"the result is not proven in vLLM; {HOW_TO_GET}"
+        )
+    return f"verify: {recipe.verify}, in {server.name}"
+
+
+def _convert(
+    plan: Plan, journal: Journal, console: Console, stop: Stop, server: Server | None
+) -> tuple[Totals, Report, Calibrated | None]:
     partial = journal.partial
     log = EventLog(partial / "quantize" / "events.jsonl")
     try:
@@ -154,13 +183,16 @@ def _convert(plan: Plan, journal: Journal, console: Console, stop: Stop) -> tupl
         totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
         log.write("streamed", **vars(totals))
         _work(f"writing to {partial}", lambda: _seal(plan, journal, log))
-        report = check_structure(partial, plan.checkpoint)
+        report = verify(partial, plan.checkpoint, plan.recipe.verify, server, say=console.say)
         report.checkpoint = Path(plan.recipe.output).name  # as it will be called
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
         if not report.passed:
             raise PipelineError(
                 "\n".join(
-                    [f"{partial}: the result fails verification and is not published:"]
+                    [
+                        f"{partial}: the result fails verification and is not published; it stays here, with "
+                        "the report in quantize/verify.json:"
+                    ]
                     + [f"  {problem}" for problem in report.problems[:20]]
                 )
             )
@@ -193,6 +225,7 @@ def _seal(plan: Plan, journal: Journal, log: EventLog) -> None:
     partial = journal.partial
     sidecars.carry_files(plan.checkpoint, partial)
     write_file(partial / "README.md", model_card(plan, calibration_report.findings(plan, journal)).encode())
+    write_file(partial / profile.FILE, profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes).encode())
     write_file(partial / "quantize" / "recipe.yaml", recipe_yaml(plan.recipe).encode())
     write_file(partial / "quantize" / "versions.json", _json(_versions()))
     write_file(partial / "quantize" / "layers.json", _json(_layers(partial)))

@@ -3,16 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-}
-if [ -z "$python" ]; then
-    for candidate in python3.11 python3.12 python3.13 python3; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-            python=$candidate
-            break
-        fi
-    done
-fi
-[ -n "$python" ] || { echo "setup: Python 3.11, 3.12 or 3.13 is needed; set PYTHON to one" >&2; exit 1; }
+# shellcheck source=scripts/find_python.sh
+. scripts/find_python.sh
 
 stamp=$(cat pyproject.toml constraints.txt pipeline/backends/_fp8.c scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv/.stamp 2>/dev/null)" != "$stamp" ] || [ ! -x .venv/bin/quantize ]; then

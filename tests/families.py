@@ -12,6 +12,7 @@ TEXT = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+IMAGE = 260
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 GEMMA_ROPE = {kind: {"rope_type": "default", "rope_theta": theta}
               for kind, theta in (("sliding_attention", 1e4), ("full_attention", 1e6))}  # fmt: skip
@@ -49,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": QWEN3_VISION}},
     "qwen3_vl_moe": {"class": "Qwen3VLMoeForConditionalGeneration", "config": {
-        "text_config": {**TEXT, **MOE, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        "text_config": {**TEXT, **MOE, "norm_topk_prob": True, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": QWEN3_VISION}},
     "gemma3": {"class": "Gemma3ForConditionalGeneration", "config": {
         "text_config": {**TEXT, "sliding_window": 64, "rope_parameters": GEMMA_ROPE},
@@ -71,6 +72,9 @@ def build(name: str, device: str) -> Any:
     family = FAMILIES[name]
     model_class = getattr(transformers, family["class"])
     config = model_class.config_class(**json.loads(json.dumps(family["config"])))
+    for key in ("image_token_id", "image_token_index"):
+        if key in config.to_dict():
+            setattr(config, key, IMAGE)
     config.architectures = [family["class"]]
     torch.manual_seed(11)
     with torch.device(device):
@@ -79,15 +83,15 @@ def build(name: str, device: str) -> Any:
 
 
 def add_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer: ids 4 to 259 are bytes; 0 to 3 pad, begin, end and turn."""
+    """A byte-level tokenizer: ids 4 to 259 are bytes; 0 to 3 pad, begin, end and turn, 260 an image."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<turn>", *alphabet])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<turn>", *alphabet, "<image>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<turn>"])
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<turn>", "<image>"])
     tokenizer.save(str(directory / "tokenizer.json"))
     template = "{% for m in messages %}<turn>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>",

@@ -23,7 +23,13 @@ KILLS = 10  # for each backend
 CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
 
 
-RECORDS = {"events.jsonl", "layers.json", "journal.jsonl", "recipe.yaml"}  # times, saves and places of the runs
+RECORDS = {
+    "events.jsonl",
+    "layers.json",
+    "journal.jsonl",
+    "recipe.yaml",
+    "serve.yaml",
+}  # times, saves and places of the runs
 
 
 def same(directory: Path, reference: Path) -> bool:

@@ -182,8 +182,8 @@ def test_the_recipe_as_run_reads_back() -> None:
 
 def test_what_is_not_built_yet_is_refused_by_name() -> None:
     text = GOOD.replace("kv_cache: none", "kv_cache: fp8").replace("scheme: fp8_dynamic", "scheme: none")
-    missing = recipe.not_yet_built(recipe.parse(text + "calibration: {}\nserve: {max_model_len: 4}\n"))
-    assert [line.split(":")[0] for line in missing] == ["scheme", "serve"]
+    missing = recipe.not_yet_built(recipe.parse(text + "calibration: {}\nquality: {max_kl: 0.1}\n"))
+    assert [line.split(":")[0] for line in missing] == ["scheme", "quality"]
     assert recipe.not_yet_built(recipe.parse(GOOD.replace("kv_cache: none", "calibration: {}"))) == []
 
 

@@ -48,7 +48,8 @@ def test_a_published_checkpoint(tmp_path: Path, quantize: Any, write_recipe: Any
         "quantize", "tokenizer_config.json",
     }  # fmt: skip
     assert {path.name for path in (out / "quantize").iterdir()} == {
-        "events.jsonl", "journal.jsonl", "layers.json", "recipe.yaml", "verify.json", "versions.json",
+        "events.jsonl", "files.json", "journal.jsonl", "layers.json", "recipe.yaml", "serve.yaml", "verify.json",
+        "versions.json",
     }  # fmt: skip
     assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     tensors, index = all_tensors(out), json.loads((out / "model.safetensors.index.json").read_text())
@@ -136,7 +137,12 @@ def test_resume_gives_the_same_bytes(
     )
     assert 0 < resumed["bytes_rewritten_at_most"] <= plans.UNIT_BYTES
     whole, out = weight_files(tmp_path / "whole"), weight_files(tmp_path / "out")
-    for name in ("quantize/recipe.yaml", "quantize/verify.json", "README.md"):  # they name the output
+    for name in (
+        "quantize/recipe.yaml",
+        "quantize/serve.yaml",
+        "quantize/verify.json",
+        "README.md",
+    ):  # they name the output
         assert whole.pop(name).replace(b"whole", b"out") == out.pop(name)
     assert whole == out
 
@@ -153,7 +159,7 @@ def test_finished_bytes_are_not_touched_again(tmp_path: Path, write_recipe: Any,
         file.seek(offset + nbytes - 1)
         file.write(bytes([byte ^ 1]))
     run(recipe)
-    from pipeline.serving.verify import check_structure
+    from pipeline.serving.structure import check_structure
 
     report = check_structure(tmp_path / "out", contents=True)
     assert report.problems == [f"{name}: its bytes are not those that the run wrote (SHA-256 differs)"]
@@ -307,7 +313,7 @@ def test_a_shard_lost_between_runs_is_written_again(
     assert "missing or short, although finished before" in capsys.readouterr().out
     run(recipe)
     assert all_tensors(tmp_path / "out") == all_tensors(tmp_path / "whole")
-    from pipeline.serving.verify import check_structure
+    from pipeline.serving.structure import check_structure
 
     assert check_structure(tmp_path / "out", contents=True).problems == []
 

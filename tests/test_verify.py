@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.source import open_checkpoint
-from pipeline.serving.verify import check_structure
+from pipeline.serving.structure import check_structure
 from tests.conftest import make_plain_checkpoint, read_shard, write_shard
 
 SHARD = "model.safetensors"
@@ -159,10 +159,10 @@ def test_damage_is_named(name: str, pair: tuple[Path, Path], tmp_path: Path) -> 
 def test_a_sound_checkpoint_passes(pair: tuple[Path, Path], quantize: Any) -> None:
     source, out = pair
     for options in ((), ("--source", source)):
-        done = quantize("verify", out, *options)
+        done = quantize("verify", out, "--level", "structure", *options)
         assert done.returncode == 0, done.stdout
         assert "SHA-256 as recorded" in done.stdout and "not proven in vLLM" in done.stdout
-    assert json.loads(quantize("verify", out, "--json").stdout)["passed"]
+    assert json.loads(quantize("verify", out, "--level", "structure", "--json").stdout)["passed"]
 
 
 def test_a_bit_of_the_codes_is_found_by_its_hash(pair: tuple[Path, Path], tmp_path: Path, quantize: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_bit_of_the_codes_is_found_by_its_hash(pair: tuple[Path, Path], tmp_pa
     begin, raw = header[Q]["data_offsets"][0], (damaged / SHARD).read_bytes()
     position = len(raw) - len(data) + begin
     (damaged / SHARD).write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
-    done = quantize("verify", damaged)
+    done = quantize("verify", damaged, "--level", "structure")
     assert done.returncode == 1
     assert f"PROBLEM: {Q}: its bytes are not those that the run wrote" in done.stdout
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.source import open_checkpoint
-from pipeline.serving.verify import check_structure
+from pipeline.serving.structure import check_structure
 from tests.conftest import CALIBRATED, SCHEMES, SENTENCES
 from tests.test_verify import drop, flip_a_bit, rename, rewrite, section
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
@@ -71,6 +72,24 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> Checkpoint
                 "unset HF_HUB_OFFLINE or complete the cache"
             )
     return open_checkpoint(root, name, commit, SMALL_FILES)
+
+
+def complete(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """The checkpoint with these shards in place: those of a hub id whose headers alone are here are fetched.
+
+    Args:
+        checkpoint: as `resolve` gave it.
+        names: of shards.
+    """
+    wanted = {shard.name for shard in checkpoint.shards if shard.path is None} & set(names)
+    if not wanted:
+        return checkpoint
+    from huggingface_hub import snapshot_download
+
+    name, commit = checkpoint.label, checkpoint.revision
+    root = Path(_said(name, commit, lambda: snapshot_download(name, revision=commit, allow_patterns=sorted(wanted))))
+    shards = tuple(replace(s, path=root / s.name) if s.name in wanted else s for s in checkpoint.shards)
+    return replace(checkpoint, shards=shards)
 
 
 def _wanted_shards(name: str, root: Path, commit: str) -> dict[str, set[str] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,14 +13,21 @@ from pipeline.checkpoint.writer import write_file
 from pipeline.plan import Plan
 
 SECTION = "quantization_config"
+FILES = "quantize/files.json"  # SHA-256 of the small files, by name
 
 
 def carry_files(checkpoint: Checkpoint, target: Path) -> None:
-    """Copy tokenizer, processor, chat template and all other small files as they are, config.json excepted."""
+    """Copy tokenizer, processor, chat template and all other small files as they are, config.json excepted.
+
+    Their hashes are recorded in `FILES`.
+    """
+    recorded = {}
     for name in checkpoint.sidecars:
         if name != "config.json":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.root / name, target / name)
+            recorded[name] = hashlib.sha256((target / name).read_bytes()).hexdigest()
+    write_file(target / FILES, (json.dumps(recorded, indent=2) + "\n").encode())
 
 
 def config_with(text: str, section: dict[str, Any]) -> str:

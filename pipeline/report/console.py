@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pipeline.calibration.layers import Calibrated
     from pipeline.journal import Journal
     from pipeline.runner import Outcome
-    from pipeline.serving.verify import Report
+    from pipeline.serving.structure import Report
+    from pipeline.smoke import Smoke
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
 MOST_FINDINGS = 12
@@ -165,6 +166,25 @@ class Console:
             self.show_report(outcome.report)
         self.say(f"published: {outcome.output}")
 
+    def show_smoke(self, smoke: Smoke) -> None:
+        """What a smoke test says: the checks, and what the whole run will take."""
+        self.show_report(smoke.report)
+        if (forecast := smoke.forecast) is not None:
+            parts = ", ".join(f"{name} {_time_text(seconds)}" for name, seconds in forecast.parts.items())
+            self.say(
+                f"forecast of the whole run, verification aside: about {_time_text(forecast.seconds)} ({parts}); memory "
+                f"{size_text(forecast.memory[0])} here, at most {size_text(forecast.memory[1])}; disk "
+                f"{size_text(forecast.disk[0])}"
+                + (f" and {size_text(forecast.disk[1])} of hidden states meanwhile" if forecast.disk[1] else "")
+                + (f"; {size_text(forecast.device)} of the GPU" if forecast.device else "")
+            )
+        for line in smoke.refusals:
+            self.say(f"the whole run would be refused now: {line}")
+        if smoke.kept is not None:
+            self.say(f"kept: {smoke.kept}")
+        verdict = "passed" if smoke.report.passed else "FAILED"
+        self.say(f"smoke test {verdict}: {smoke.layers[0]} of {smoke.layers[1]} layers in {smoke.seconds:.0f} s")
+
     def show_layers(self, layers: list[dict[str, Any]], slowest: int) -> None:
         """Seconds a stage, summed over pieces; stages of different pieces overlap."""
         from rich.table import Table
@@ -217,4 +237,13 @@ class Console:
         for line in report.problems:
             self.say(f"PROBLEM: {line}")
         verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"
-        self.say(f"verification: {verdict}{'' if report.proven_in_vllm else ' (structure; not proven in vLLM)'}")
+        how = "loaded" if report.level == "load" else "loaded and generated"
+        proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not proven in vLLM"
+        self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
+
+
+def _time_text(seconds: float) -> str:
+    """Seconds, minutes or hours, as one would say them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -8,10 +8,11 @@ from collections import Counter
 from pipeline.backends.fp8 import NonFiniteWeight, transpose
 from pipeline.backends.llmcompressor import FP8Dynamic
 from pipeline.checkpoint.reader import read_tensor
+from pipeline.checkpoint.sidecars import FILES
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
 from pipeline.journal import JOURNAL, read_identity, read_pieces
 from pipeline.model.selection import Selection, select
-from pipeline.serving.verify import FP8, Report, expected_modules
+from pipeline.serving.structure import FP8, Report, expected_modules
 
 CHUNK = 16 << 20
 
@@ -26,6 +27,7 @@ def check_hashes(result: Checkpoint, report: Report) -> None:
     if pieces is None:
         report.checked.append("no hashes were recorded for this checkpoint")
         return
+    _check_files(result, report)
     covered: Counter[str] = Counter()
     for piece in pieces:
         tensor = result.tensors.get(piece.tensor)
@@ -43,6 +45,21 @@ def check_hashes(result: Checkpoint, report: Report) -> None:
         if covered[name] != tensor.nbytes:
             report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
     report.checked.append(f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run")
+
+
+def _check_files(result: Checkpoint, report: Report) -> None:
+    """The small files against the hashes of their run."""
+    path = result.root / FILES
+    if not path.exists():
+        return
+    recorded = read_json(path)
+    for name, digest in recorded.items():
+        file = result.root / name
+        if not file.is_file():
+            report.problems.append(f"{name}: recorded by the run, absent here")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            report.problems.append(f"{name}: it is not the file that the run wrote (SHA-256 differs)")
+    report.checked.append(f"{len(recorded)} small files: SHA-256 as recorded by the run")
 
 
 def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Report) -> None:

