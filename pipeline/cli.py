@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -138,7 +139,8 @@ def verify(
         found = None if level == "structure" else server.find(vllm_python)
         original = hub.resolve(source, revision) if source else None
         say = (lambda text: None) if as_json else console.say
-        return verify.verify(checkpoint, original, cast(verify.Level, level), found, contents=True, say=say)
+        with server.Session(found) if found is not None else nullcontext() as session:
+            return verify.verify(checkpoint, original, cast(verify.Level, level), session, contents=True, say=say)
 
     report = _guarded(check)
     if as_json:

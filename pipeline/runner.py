@@ -8,7 +8,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from pipeline.journal import LOCK, Journal, discard, read_identity
 from pipeline.plan import Plan, check_disk, differences, make_plan, size_text
 from pipeline.report import calibration as calibration_report
 from pipeline.serving import profile
-from pipeline.serving.server import HOW_TO_GET, Server, find
+from pipeline.serving.server import HOW_TO_GET, Server, Session, find
 from pipeline.serving.structure import Report
 from pipeline.serving.verify import verify
 from pipeline.stream import Totals, run_stream, take_back_lost_units
@@ -62,13 +62,14 @@ class Outcome:
     findings: tuple[str, ...] = ()
 
 
-def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
+def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = True) -> Outcome:
     """Convert a checkpoint as the recipe says.
 
     Args:
         recipe: validated.
         console: what the user sees.
         fresh: throw away what an earlier run left, and replace a result of this program.
+        announce: say how the result will be verified; a smoke test does that itself, afterwards.
 
     Raises:
         PipelineError: see `pipeline.errors`; nothing is published then.
@@ -82,7 +83,8 @@ def run(recipe: Recipe, console: Console, fresh: bool = False) -> Outcome:
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
         console.show_plan(plan)
-        console.say(how_verified(recipe, server))
+        if announce:
+            console.say(how_verified(recipe, server))
         journal = _work(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
             if fresh:
@@ -183,7 +185,8 @@ def _convert(
         totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
         log.write("streamed", **vars(totals))
         _work(f"writing to {partial}", lambda: _seal(plan, journal, log))
-        report = verify(partial, plan.checkpoint, plan.recipe.verify, server, say=console.say)
+        with Session(server) if server is not None else nullcontext() as session:
+            report = verify(partial, plan.checkpoint, plan.recipe.verify, session, say=console.say)
         report.checkpoint = Path(plan.recipe.output).name  # as it will be called
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
         if not report.passed:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.events import read_events
 from pipeline.model.selection import text_config
 from pipeline.plan import Plan, make_plan, size_text
+from pipeline.serving.server import Session
 from pipeline.serving.structure import Report
 from pipeline.serving.verify import verify
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from pipeline.report.console import Console
 
 LAYERS, SAMPLES, MAX_LENGTH = 2, 32, 512
+GPU_SAMPLES = 4096  # a GPU runs them in the time that reading a layer takes, and few would tell nothing of its pace
 CHUNK = 64 << 20
 
 
@@ -89,39 +92,47 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
     begin = time.monotonic()
     whole = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
     server = runner.find_server(recipe)
-    plan = make_plan(recipe, whole)
-    refusals = []
-    try:
-        runner.preflight(plan)
-    except PipelineError as error:
-        refusals.append(str(error))
-    layers = layers_to_keep(plan)
-    kept = [tensor for tensor in whole.tensors.values() if _layer(tensor, plan) < layers]
-    whole = hub.complete(whole, sorted({whole.shards[tensor.shard].name for tensor in kept}))
-    place = _place(recipe)
-    try:
-        copying = time.monotonic()
-        nbytes = truncate(whole, kept, layers, place / "source")
-        copy_rate = nbytes / (time.monotonic() - copying)
-        console.say(
-            f"smoke: {layers} of {plan.selection.layers} layers, {size_text(nbytes)} of {size_text(whole.nbytes)}, "
-            f"in {place}"
-        )
-        outcome = runner.run(_small(recipe, place), console)
-        assert outcome.report is not None
-        report = outcome.report
-        console.say(runner.how_verified(recipe, server))
-        if server is not None:
-            source = hub.resolve(str(place / "source"), None)
-            report = verify(outcome.output, source, "load", server, say=console.say, engine=True)
-            report.checkpoint = Path(recipe.output).name
-        forecast = _forecast(plan, outcome, copy_rate) if report.passed else None
-    finally:
-        if not keep:
-            shutil.rmtree(place, ignore_errors=True)
-    seconds = time.monotonic() - begin
+    # vLLM's imports take seconds, and so do the plan's and the copy
+    with Session(server).begin() if server is not None else nullcontext() as session:
+        plan = make_plan(recipe, whole)
+        refusals = []
+        try:
+            runner.preflight(plan)
+        except PipelineError as error:
+            refusals.append(str(error))
+        place = _place(recipe)
+        try:
+            layers, report, forecast = _in(place, recipe, plan, session, console)
+        finally:
+            if not keep:
+                shutil.rmtree(place, ignore_errors=True)
     counts = (layers, plan.selection.layers)
-    return Smoke(counts, report, forecast, tuple(refusals), place if keep else None, seconds)
+    return Smoke(counts, report, forecast, tuple(refusals), place if keep else None, time.monotonic() - begin)
+
+
+def _in(
+    place: Path, recipe: Recipe, plan: Plan, session: Session | None, console: Console
+) -> tuple[int, Report, Forecast | None]:
+    layers = layers_to_keep(plan)
+    kept = [tensor for tensor in plan.checkpoint.tensors.values() if _layer(tensor, plan) < layers]
+    shards = {plan.checkpoint.shards[tensor.shard].name for tensor in kept}
+    source = hub.complete(plan.checkpoint, sorted(shards))
+    copying = time.monotonic()
+    nbytes = truncate(source, kept, layers, place / "source")
+    copy_rate = nbytes / (time.monotonic() - copying)
+    console.say(
+        f"smoke: {layers} of {plan.selection.layers} layers, {size_text(nbytes)} of {size_text(source.nbytes)}, "
+        f"in {place}"
+    )
+    outcome = runner.run(_small(recipe, place, plan), console, announce=False)
+    assert outcome.report is not None
+    report = outcome.report
+    console.say(runner.how_verified(recipe, session.server if session is not None else None))
+    if session is not None:
+        truncated = hub.resolve(str(place / "source"), None)
+        report = verify(outcome.output, truncated, "load", session, say=console.say, engine=True)
+        report.checkpoint = Path(recipe.output).name
+    return layers, report, _forecast(plan, outcome, copy_rate) if report.passed else None
 
 
 def _place(recipe: Recipe) -> Path:
@@ -132,7 +143,7 @@ def _place(recipe: Recipe) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{Path(recipe.output).name}.smoke-", dir=parent))
 
 
-def _small(recipe: Recipe, place: Path) -> Recipe:
+def _small(recipe: Recipe, place: Path, plan: Plan) -> Recipe:
     """The recipe itself, on the truncated source; verification in vLLM comes after it."""
     update: dict[str, Any] = {
         "model": recipe.model.model_copy(update={"source": str(place / "source"), "revision": None}),
@@ -141,9 +152,10 @@ def _small(recipe: Recipe, place: Path) -> Recipe:
         "runtime": recipe.runtime.model_copy(update={"work_directory": None}),
         "serve": recipe.serve.model_copy(update={"gpu_memory": None}),
     }
-    if recipe.calibration is not None:
+    if recipe.calibration is not None and plan.calibration is not None:
+        device = plan.calibration.device
         few = {
-            "samples": min(SAMPLES, recipe.calibration.samples),
+            "samples": min(recipe.calibration.samples, SAMPLES if device.kind == "cpu" else GPU_SAMPLES),
             "max_length": min(MAX_LENGTH, recipe.calibration.max_length),
         }
         update["calibration"] = recipe.calibration.model_copy(update=few)
@@ -219,7 +231,6 @@ def truncate(checkpoint: Checkpoint, kept: list[Tensor], layers: int, target: Pa
             out.write(len(text).to_bytes(8, "little") + text)
             for begin, count in _runs(tensors):
                 _copy(source.fileno(), out.fileno(), begin, count)
-            os.fsync(out.fileno())
         copied += position
     if len(set(weight_map.values())) > 1 or not (target / "model.safetensors").exists():
         (target / INDEX).write_text(json.dumps({"metadata": {"total_size": copied}, "weight_map": weight_map}))
@@ -274,7 +285,8 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
     """Scale what was measured: bytes by the rates seen, forwards by tokens, layers by their number.
 
     Reading is counted at no more than the rate of the copy from the source itself, since the truncated source was
-    still in the page cache.
+    still in the page cache. Forwards are counted at the rate of the largest batch, where batches are timed: the whole
+    run's are larger still.
     """
     events = list(read_events(outcome.output / "quantize" / "events.jsonl"))
     parts: dict[str, float] = {}
@@ -288,10 +300,11 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
     runs = [event for event in events if event["event"] == "layer"]
     if runs and plan.calibration is not None:
         last = runs[-1]  # the first one warms caches and kernels
-        tokens = plan.calibration.batches.tokens / max(1, last["tokens"])
-        span_of = {stage: last[stage][1] - last[stage][0] for stage in ("load", "forward", "quantize", "write")}
+        tokens = plan.calibration.batches.tokens
+        count, seconds = last.get("largest_batch") or (last["tokens"], last["forward"][1] - last["forward"][0])
+        span_of = {stage: last[stage][1] - last[stage][0] for stage in ("load", "quantize", "write")}
         reading = last["bytes_read"] / copy_rate
-        working = span_of["load"] + span_of["forward"] * tokens + span_of["quantize"]
+        working = span_of["load"] + seconds / count * tokens + span_of["quantize"]
         nbytes = sum(layer.nbytes for layer in plan.layers)
         equal = nbytes / max(1, last["bytes_read"])  # layers of this one's size
         parts["layers"] = max(reading, working, span_of["write"]) * equal

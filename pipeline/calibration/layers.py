@@ -222,6 +222,8 @@ class _Stream:
         counts = _count_expert_tokens(layer)
 
         finite = torch.ones((), dtype=torch.bool, device=self.device)
+        batches = self.calibration.batches.batches
+        largest = max(range(len(batches)), key=lambda number: batches[number].tokens)
 
         def run(number: int) -> Any:
             result = layer.module(hidden.take(number), **calls[number][unit.index])
@@ -230,7 +232,10 @@ class _Stream:
         def forward() -> None:
             start = time.time()
             for number in range(len(calls)):
+                began = time.time()
                 result = run(number)
+                if number == largest and self.device.type == "cpu":  # a GPU computes while this goes on
+                    timing["largest_batch"] = (batches[number].tokens, time.time() - began)
                 finite.logical_and_(result.isfinite().all())
                 hidden.put(number, result)
                 self.seen.forwards += 1
@@ -246,7 +251,7 @@ class _Stream:
             try:
                 ranges = self.backend.calibrate(layer, forward, lambda: run(len(calls) - 1))
             except torch.OutOfMemoryError:
-                tokens = max(batch.tokens for batch in self.calibration.batches.batches)
+                tokens = batches[largest].tokens
                 raise PipelineError(
                     f"{unit.label}: the GPU's memory is too small for this layer and {tokens} tokens at once; free "
                     "some, or use runtime.device: cpu"

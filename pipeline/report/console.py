@@ -172,8 +172,8 @@ class Console:
         if (forecast := smoke.forecast) is not None:
             parts = ", ".join(f"{name} {_time_text(seconds)}" for name, seconds in forecast.parts.items())
             self.say(
-                f"forecast of the whole run, verification aside: about {_time_text(forecast.seconds)} ({parts}); memory "
-                f"{size_text(forecast.memory[0])} here, at most {size_text(forecast.memory[1])}; disk "
+                f"forecast of the whole run, verification aside: about {_time_text(forecast.seconds)} ({parts}); "
+                f"memory {size_text(forecast.memory[0])} here, at most {size_text(forecast.memory[1])}; disk "
                 f"{size_text(forecast.disk[0])}"
                 + (f" and {size_text(forecast.disk[1])} of hidden states meanwhile" if forecast.disk[1] else "")
                 + (f"; {size_text(forecast.device)} of the GPU" if forecast.device else "")
@@ -237,7 +237,7 @@ class Console:
         for line in report.problems:
             self.say(f"PROBLEM: {line}")
         verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"
-        how = "loaded" if report.level == "load" else "loaded and generated"
+        how = "loaded" if report.level == "load" else "loaded and run"
         proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not proven in vLLM"
         self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,40 +103,67 @@ def _ask(python: Path) -> Server | None:
     return Server(python, words[0], words[1]) if done.returncode == 0 and len(words) == 2 else None
 
 
-def run_jobs(
-    server: Server, jobs: Sequence[Mapping[str, Any]], parallel: int = 1, seconds: float = 600.0
-) -> list[dict[str, Any]]:
-    """Run jobs in vLLM's environment; see in_vllm/__main__.py.
+class Session:
+    """A process of vLLM's Python, with vLLM imported, that runs jobs; see in_vllm/__main__.py.
 
-    Args:
-        server: where.
-        jobs: without ``out`` and ``seconds``.
-        parallel: how many at once.
-        seconds: how long one may take.
+    It starts with `begin`, or with the first jobs, and ends with the context. Within a ``with`` block::
 
-    Returns:
-        A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``.
+        with Session(server) as session:
+            loaded, answered = session.run([load_job, engine_job], parallel=2)
     """
-    with tempfile.TemporaryDirectory(prefix="in-vllm-") as place:
-        outs = [Path(place) / f"{number}.json" for number in range(len(jobs))]
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._place: tempfile.TemporaryDirectory[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rounds = 0
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # with its jobs, which are of its session
+            self._process.wait()
+        if self._place is not None:
+            self._place.cleanup()
+
+    def begin(self) -> Session:
+        """Start importing vLLM, which takes seconds, while the caller does something else."""
+        if self._process is None:
+            self._place = tempfile.TemporaryDirectory(prefix="in-vllm-")
+            with (Path(self._place.name) / "said.log").open("wb") as log:
+                # a session of its own: a terminal's Ctrl-C reaches this process alone, which then ends the jobs
+                self._process = subprocess.Popen(
+                    [self.server.python, JOBS, self._place.name],
+                    stdout=log, stderr=log, cwd=self._place.name, start_new_session=True,
+                )  # fmt: skip
+        return self
+
+    def run(self, jobs: Sequence[Mapping[str, Any]], parallel: int = 1, seconds: float = 600.0) -> list[dict[str, Any]]:
+        """Run jobs and wait for them.
+
+        Args:
+            jobs: without ``out`` and ``seconds``.
+            parallel: how many at once.
+            seconds: how long one may take.
+
+        Returns:
+            A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``.
+        """
+        self.begin()
+        assert self._place is not None and self._process is not None
+        self._rounds += 1
+        place = Path(self._place.name)
+        outs = [place / f"{self._rounds}-{number}.json" for number in range(len(jobs))]
         whole = [{**job, "out": str(out), "seconds": seconds} for job, out in zip(jobs, outs, strict=True)]
-        listed = Path(place) / "jobs.json"
-        listed.write_text(json.dumps({"parallel": parallel, "jobs": whole}))
-        said = Path(place) / "said.log"
-        with said.open("wb") as log:
-            # a session of its own: a terminal's Ctrl-C reaches this process alone, which then ends the jobs
-            process = subprocess.Popen(
-                [server.python, JOBS, listed], stdout=log, stderr=log, cwd=place, start_new_session=True
-            )
-            try:
-                process.wait(timeout=seconds * len(jobs) + 120)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        return [_result(out, said) for out in outs]
+        asked = place / f"jobs-{self._rounds}"
+        asked.with_suffix(".tmp").write_text(json.dumps({"parallel": parallel, "jobs": whole}))
+        asked.with_suffix(".tmp").replace(asked)
+        deadline = time.monotonic() + seconds * len(jobs) + 120
+        while asked.exists() and self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [_result(out, place / "said.log") for out in outs]
 
 
 def _result(out: Path, said: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
 from pipeline.model.selection import text_config
 from pipeline.serving.profile import FILE as PROFILE
 from pipeline.serving.profile import cache_bytes_per_token
-from pipeline.serving.server import HOW_TO_GET, Server, run_jobs
+from pipeline.serving.server import HOW_TO_GET, Server, Session
 from pipeline.serving.structure import SECTION, Report, check_structure
 from pipeline.serving.verdict import judge_generation, judge_load
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Level = Literal["structure", "load", "generate"]
 LONGEST = 512  # tokens of a check's context; real lengths cost memory and prove no more
 PROMPT_WORDS, PROMPTS, ANSWER, SCORED = 4, 3, 16, 32
+FEW = 2  # tokens of an answer that nothing is held against
 IMAGE = "an image"
 ENGINE_MEMORY = 3 << 30  # torch, vLLM and an engine's buffers, beside weights and cache
 
@@ -36,7 +37,7 @@ def verify(
     directory: Path,
     source: Checkpoint | None = None,
     level: Level = "load",
-    server: Server | None = None,
+    session: Session | None = None,
     contents: bool = False,
     say: Callable[[str], None] = lambda text: None,
     engine: bool = False,
@@ -47,7 +48,7 @@ def verify(
         directory: the checkpoint.
         source: what it was made from.
         level: how far.
-        server: the vLLM to use; without one the structure alone is checked, and the report says so.
+        session: of the vLLM to use; without one the structure alone is checked, and the report says so.
         contents: also read every byte; see `check_structure`.
         say: told what is under way.
         engine: at level load, let the engine answer a prompt in the same start, where this build can run it.
@@ -58,7 +59,7 @@ def verify(
     report = check_structure(directory, source, contents)
     if level == "structure":
         return report
-    if server is None:
+    if session is None:
         report.notes.append(f"not proven in vLLM: none is installed; {HOW_TO_GET}")
         return report
     try:
@@ -66,8 +67,9 @@ def verify(
     except SourceError:
         return report  # which says so
     baseline = source if source is not None and all(shard.path for shard in source.shards) else None
+    server = session.server
     say(f"loading it in {server.name}")
-    loaded, loads = _load(result, baseline, server, report, engine)
+    loaded, loads = _load(result, baseline, session, report, engine)
     if not loaded:
         return report
     report.proven_in_vllm, report.level = not report.problems, "load"
@@ -78,7 +80,7 @@ def verify(
             report.notes.append(f"not generated: {why}")
         else:
             say(f"generating in {server.name}")
-            _generate(result, baseline, server, report)
+            _generate(result, baseline, session, report)
     return report
 
 
@@ -86,8 +88,9 @@ def verify(
 
 
 def _load(
-    result: Checkpoint, source: Checkpoint | None, server: Server, report: Report, engine: bool
+    result: Checkpoint, source: Checkpoint | None, session: Session, report: Report, engine: bool
 ) -> tuple[bool, dict[str, dict[str, Any]]]:
+    server = session.server
     promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
     kinds = ["auto", "fp8"] if promised else ["auto"]
     jobs = [_load_job(source, "auto")] if source is not None else []
@@ -97,9 +100,10 @@ def _load(
         jobs.append({"kind": "arguments", "profile": str(profile.absolute()), "checkpoint": jobs[-1]["checkpoint"]})
     answers = engine and not _too_large(result, server)
     if answers:
-        jobs.append({**_engine_job(result, ANSWER), "kv": kinds[-1]})
-    records = run_jobs(server, jobs, parallel=min(2, os.cpu_count() or 1))
-    answer = records.pop() if answers else None
+        few = _engine_job(result, FEW)
+        jobs.insert(0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1]})  # the longest job begins first
+    records = session.run(jobs, parallel=min(2, os.cpu_count() or 1))
+    answer = records.pop(0) if answers else None
     if profile.exists():
         _judge_profile(records.pop(), server, report)
     baseline = records.pop(0) if source is not None else None
@@ -185,21 +189,21 @@ def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[st
     }
 
 
-def _generate(result: Checkpoint, source: Checkpoint, server: Server, report: Report) -> None:
+def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: Report) -> None:
     promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
     kinds = ["auto", "fp8"] if promised else ["auto"]
     job = _engine_job(source, ANSWER, SCORED)
-    (before,) = run_jobs(server, [{**job, "kv": "auto"}])
+    (before,) = session.run([{**job, "kv": "auto"}])
     if before["error"]:
         report.notes.append(f"not generated: this vLLM does not run the source: {before['error']}")
         return
     job["completions"] = [entry["tokens"] for entry in before["completions"]]
     path = str(result.root.absolute())
-    runs = dict(zip(kinds, run_jobs(server, [{**job, "checkpoint": path, "kv": kv} for kv in kinds]), strict=True))
+    runs = dict(zip(kinds, session.run([{**job, "checkpoint": path, "kv": kv} for kv in kinds]), strict=True))
     for kv, run in runs.items():
         if not run["error"]:
             continue
-        (same,) = run_jobs(server, [{**job, "kv": "fp8"}])
+        (same,) = session.run([{**job, "kv": "fp8"}])
         if promised and same["error"]:
             report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}")
         else:

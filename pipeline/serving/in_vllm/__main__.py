@@ -1,9 +1,10 @@
-"""Runs jobs in vLLM: ``VLLM_PYTHON pipeline/serving/in_vllm JOBS.json``.
+"""Runs jobs in vLLM: ``VLLM_PYTHON pipeline/serving/in_vllm DIRECTORY``, as server.py starts it.
 
-JOBS.json is ``{"parallel": N, "jobs": [{"kind": "load" | "generate" | "arguments", "out": PATH, "seconds": S, ...}]}``.
-vLLM is imported once; every job is a fork of that process, so that none sees what another left behind: vLLM says most
-warnings once a process, and keeps its parallel state in globals. A job writes its result, a JSON object, to ``out`` and
-all it prints to ``out`` + ".log". A job that dies leaves ``{"error": ...}``.
+vLLM is imported once. Then, one after the other, the files ``jobs-1``, ``jobs-2``... are waited for in DIRECTORY, done
+and removed; each is ``{"parallel": N, "jobs": [{"kind": "load" | "generate" | "arguments", "out": PATH, "seconds": S,
+...}]}``. Every job is a fork of this process, so that none sees what another left behind: vLLM says most warnings once
+a process, and keeps its parallel state in globals. A job writes its result, a JSON object, to ``out`` and all it prints
+to ``out`` + ".log". A job that dies leaves ``{"error": ...}``.
 """
 
 from __future__ import annotations
@@ -40,24 +41,33 @@ SETTINGS = {
 }
 
 
-def main(jobs_file: str) -> None:
-    """Run all jobs; see the module's text."""
+def main(directory: str) -> None:
+    """Run jobs until whoever started this ends it; see the module's text."""
     _die_with_parent()
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
-    work = json.loads(Path(jobs_file).read_text())
-    waiting = list(work["jobs"])
-    running: dict[int, tuple[dict[str, Any], float]] = {}
     begin = time.monotonic()
-    import torch
     import vllm.engine.arg_utils  # noqa: F401
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, work["parallel"])))
     imports = time.monotonic() - begin
+    number = 1
+    while True:
+        asked = Path(directory) / f"jobs-{number}"
+        if not asked.exists():
+            time.sleep(0.02)
+            continue
+        work = json.loads(asked.read_text())
+        _run_all([{**job, "imports": imports} for job in work["jobs"]], work["parallel"])
+        asked.unlink()
+        number += 1
+
+
+def _run_all(waiting: list[dict[str, Any]], parallel: int) -> None:
+    running: dict[int, tuple[dict[str, Any], float]] = {}
     while waiting or running:
-        while waiting and len(running) < work["parallel"]:
+        while waiting and len(running) < parallel:
             job = waiting.pop(0)
-            running[_start({**job, "imports": imports})] = (job, time.monotonic() + job["seconds"])
+            running[_start(job)] = (job, time.monotonic() + job["seconds"])
         for pid, (job, deadline) in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             late = not ended and time.monotonic() > deadline
@@ -77,7 +87,10 @@ def _start(job: dict[str, Any]) -> int:
         return pid
     status = 1
     try:
+        import torch
+
         _die_with_parent()
+        torch.set_num_threads((os.cpu_count() or 1) if job["kind"] == "generate" else 1)
         log = os.open(job["out"] + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+KEPT_BYTES = 4 << 30
+_kept: dict[Any, Any] = {}
+
 
 def fill_in() -> None:
     """Replace the two on a CPU; a build that has the kernels keeps its own."""
@@ -76,10 +79,24 @@ def scaled_mm(
     """As `torch._scaled_mm`: E4M3 codes are exact in FP32, so an FP32 GEMM gives the products that FP8 ones would."""
     import torch
 
-    made = a.float() @ b.float()
+    made = a.float() @ _wide(b)
     for scale in (scale_a, scale_b):
         if scale is not None:
             made = made * (scale.float() if scale.numel() > 1 else scale.float().reshape(()))
     if bias is not None:
         made = made + bias.float()
     return made.to(out_dtype or torch.bfloat16)
+
+
+def _wide(weight: Any) -> Any:
+    """A weight's codes in FP32, kept for the next token as far as `KEPT_BYTES` go: converting takes longer than a GEMV.
+
+    Weights stay where they are as long as an engine runs, so that an address names one.
+    """
+    key = (weight.data_ptr(), weight.shape, weight.stride())
+    if key not in _kept:
+        wide = weight.float()
+        if sum(kept.nbytes for kept in _kept.values()) + wide.nbytes > KEPT_BYTES:
+            return wide
+        _kept[key] = wide
+    return _kept[key]
