@@ -100,7 +100,7 @@ def _ask(python: Path) -> Server | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     words = done.stdout.split()
-    return Server(python, words[0], words[1]) if done.returncode == 0 and len(words) == 2 else None
+    return Server(python.absolute(), words[0], words[1]) if done.returncode == 0 and len(words) == 2 else None
 
 
 class Session:

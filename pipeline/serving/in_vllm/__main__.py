@@ -1,10 +1,10 @@
 """Runs jobs in vLLM: ``VLLM_PYTHON pipeline/serving/in_vllm DIRECTORY``, as server.py starts it.
 
 vLLM is imported once. Then, one after the other, the files ``jobs-1``, ``jobs-2``... are waited for in DIRECTORY, done
-and removed; each is ``{"parallel": N, "jobs": [{"kind": "load" | "generate" | "arguments", "out": PATH, "seconds": S,
-...}]}``. Every job is a fork of this process, so that none sees what another left behind: vLLM says most warnings once
-a process, and keeps its parallel state in globals. A job writes its result, a JSON object, to ``out`` and all it prints
-to ``out`` + ".log". A job that dies leaves ``{"error": ...}``.
+and removed; each is ``{"parallel": N, "jobs": [{"kind": KIND, "out": PATH, "seconds": S, ...}]}``, where the kinds are
+load, generate, throughput and arguments. Every job is a fork of this process, so that none sees what another left
+behind: vLLM says most warnings once a process, and keeps its parallel state in globals. A job writes its result, a JSON
+object, to ``out`` and all it prints to ``out`` + ".log". A job that dies leaves ``{"error": ...}``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _start(job: dict[str, Any]) -> int:
         import torch
 
         _die_with_parent()
-        torch.set_num_threads((os.cpu_count() or 1) if job["kind"] == "generate" else 1)
+        if job["kind"] in ("load", "arguments"):  # no arithmetic to speak of, and several run at once
+            torch.set_num_threads(1)
         log = os.open(job["out"] + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -114,6 +115,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         from pipeline.serving.in_vllm import generate
 
         return generate.run(job)
+    if job["kind"] == "throughput":
+        from pipeline.serving.in_vllm import throughput
+
+        return throughput.run(job)
     from pipeline.serving.in_vllm import arguments
 
     return arguments.check(job)
