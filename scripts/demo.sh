@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The whole main job on a small model: install, make the model, plan, calibrate and convert, verify, show the result.
+# The whole main job on a small model: install, make the model, plan, smoke test, calibrate and convert, prove the result
+# in vLLM, show it.
 # Needs Python 3.11-3.13 and the package registry; no GPU, no model hub.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+bash scripts/setup_vllm.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -14,11 +16,31 @@ step "a small vision-language model in BF16"
 step "quantize plan recipes/demo.yaml"
 quantize plan recipes/demo.yaml
 
-step "quantize recipes/demo.yaml --fresh                       (ModelOpt FP8 with FP8 KV scales)"
+step "quantize recipes/demo.yaml --smoke                       (the first layers, and a forecast)"
+quantize recipes/demo.yaml --smoke
+
+step "quantize recipes/demo.yaml --fresh                       (ModelOpt FP8 with FP8 KV scales; ends in vLLM's engine)"
 quantize recipes/demo.yaml --fresh
 
 step "quantize verify out/demo-fp8-kv_fp8 --source out/demo-model"
 quantize verify out/demo-fp8-kv_fp8 --source out/demo-model
+
+step "the same checkpoint without its KV scales: what vLLM would make of it"
+rm -rf out/demo-damaged && cp -r out/demo-fp8-kv_fp8 out/demo-damaged
+python - <<'PY'
+import json
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+root = Path("out/demo-damaged")
+index = json.loads((root / "model.safetensors.index.json").read_text())
+for path in root.glob("*.safetensors"):
+    kept = {name: t for name, t in load_file(path).items() if not name.endswith(("k_scale", "v_scale"))}
+    save_file(kept, path, metadata={"format": "pt"})
+index["weight_map"] = {n: f for n, f in index["weight_map"].items() if not n.endswith(("k_scale", "v_scale"))}
+(root / "model.safetensors.index.json").write_text(json.dumps(index))
+PY
+quantize verify out/demo-damaged | grep -m 8 PROBLEM
 
 step "what was published"
 ls -l out/demo-fp8-kv_fp8 out/demo-fp8-kv_fp8/quantize
@@ -35,9 +57,12 @@ for path in sorted(Path("out/demo-fp8-kv_fp8").glob("*.safetensors")):
                 print(f"{name:58} {file.get_tensor(name).item():.6f}")
 PY
 
+step "quantize/serve.yaml, for vllm serve --config"
+cat out/demo-fp8-kv_fp8/quantize/serve.yaml
+
 step "source and result, side by side in transformers"
 python scripts/compare_models.py out/demo-fp8-kv_fp8 out/demo-model 2>/dev/null
 
 step "the same model with backend=llmcompressor scheme=fp8_dynamic, KV scales calibrated as well"
-quantize recipes/demo.yaml --fresh backend=llmcompressor scheme=fp8_dynamic output=out/demo-fp8_dynamic-kv_fp8
+quantize recipes/demo.yaml --fresh backend=llmcompressor scheme=fp8_dynamic output=out/demo-fp8_dynamic-kv_fp8 verify=load
 python scripts/compare_models.py out/demo-fp8_dynamic-kv_fp8 out/demo-model 2>/dev/null

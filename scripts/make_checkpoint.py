@@ -74,6 +74,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         _qwen3_vl_vision(27, 1152, 4304, 2048, [8, 16, 24]),
         moe=True,
     ),
+    "qwen3_1_7b": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True,
+                   **_text(2048, 28, 6144, 16, 8, 151936, head_dim=128, max_position_embeddings=40960)},
     "qwen3_8b": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": False,
                  **_text(4096, 36, 12288, 32, 8, 151936, head_dim=128)},
     "llama_3_1_8b": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False,

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs into .venv and runs everything: lint, types, all tests. The default `pytest` alone is the short part.
+# Installs into .venv and .venv-vllm and runs everything: lint, types, all tests. The default `pytest` alone is the short part.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+bash scripts/setup_vllm.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

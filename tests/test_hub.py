@@ -234,3 +234,18 @@ def test_a_hub_that_went_away(tmp_path: Path, quantize: Any, write_recipe: Any, 
     hub.server.server_close()
     for command in (["plan"], []):
         assert_one_clear_line(quantize(*command, write_recipe(NAME), env=online), 1, NAME)
+
+
+def test_a_smoke_test_fetches_only_the_shards_of_its_layers(
+    tmp_path: Path, quantize: Any, write_recipe: Any, hub: Hub, online: dict
+) -> None:
+    """Embeddings and the first layers are in the first shards, the head in the last; the middle stays on the hub."""
+    source = make_plain_checkpoint(tmp_path / "source", layers=12, shards=4)
+    hub.revisions = {"main": (COMMIT, source), COMMIT: (COMMIT, source)}
+    done = quantize(write_recipe(NAME), "--smoke", env=online)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "smoke test passed: 2 of 12 layers" in done.stdout
+    whole = {path for method, path, wanted in hub.asked if method == "GET" and not wanted and ".safetensors" in path}
+    assert {path.rpartition("/")[2] for path in whole} == {
+        "model.safetensors.index.json", "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors",
+    }  # fmt: skip

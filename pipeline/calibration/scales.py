@@ -35,7 +35,7 @@ _THREE = {key: name for key, name in _FOUR.items() if key != "prob"}
 # ModelOpt's own k_proj.k_scale fails at load in vLLM 0.24.0 on Qwen2.5-VL; compressed-tensors refuses a prob_scale.
 SCALE_NAMES = {
     "modelopt": ScaleNames(_FOUR, (), ("0.24.0 on an H200", "0.32.0 on a CPU")),
-    "compressed-tensors": ScaleNames(_THREE, (1,), ("0.32.0 on a CPU",)),
+    "compressed-tensors": ScaleNames(_THREE, (1,), ("0.24.0 on an H200", "0.32.0 on a CPU")),
 }
 
 

@@ -540,6 +540,10 @@ class IgnoreList:
     def __contains__(self, module: str) -> bool:
         return module in self._literals or any(p.match(module) for p in self._patterns.values())
 
+    def by_pattern(self, module: str) -> bool:
+        """Whether a module is ignored by a pattern and not by its name."""
+        return module in self and module not in self._literals
+
     def problems(self, linears: Mapping[str, str], modules: set[str]) -> list[str]:
         """What vLLM would do wrong with this list.
 

@@ -440,8 +440,30 @@ def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> Non
             for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
                 modules.update(module for module, _, _ in parts)
     report.problems += ignore.problems(linears, modules)
+    _check_renamed(result, ignore, linears, report)
     plain = sum(dtype != FP8 for dtype in linears.values())
     report.checked.append(f"{plain} plain linear weights: the config ignores each, and no FP8 weight")
+
+
+def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, str], report: Report) -> None:
+    """Regular expressions that cover Qwen's vision tower under the checkpoint's name alone.
+
+    vLLM calls it ``visual`` also where the checkpoint says ``model.visual``. It translates literal entries of
+    compressed-tensors' list, and ModelOpt's patterns, but no regular expressions.
+    """
+    method = result.config[SECTION].get("quant_method")
+    if method != "compressed-tensors" or not str(result.config.get("model_type")).startswith("qwen"):
+        return
+    for name, dtype in linears.items():
+        alias = name.removeprefix("model.")
+        if dtype == FP8 or not name.startswith("model.visual.") or not ignore.by_pattern(name):
+            continue
+        if alias not in ignore:
+            report.problems.append(
+                f"{name}: the config ignores it by a pattern that misses {alias}, as vLLM calls it; it would cast "
+                "these weights to FP8: write re:.*visual.*, or every name"
+            )
+            return
 
 
 def _check_tokenizer(result: Checkpoint, report: Report) -> None:

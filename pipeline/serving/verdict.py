@@ -203,6 +203,8 @@ def _cache(result: Checkpoint, kv: str, load: dict[str, Any]) -> Iterator[Findin
 
 
 def _attention(layers: Sequence[Mapping[str, Any]]) -> str:
+    if len(layers) == 1:
+        return f"attention of 1 layer ({layers[0]['name']})"
     return f"attention of {len(layers)} layers (first {layers[0]['name']})"
 
 

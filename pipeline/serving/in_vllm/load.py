@@ -12,6 +12,7 @@ import os
 import resource
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -331,4 +332,7 @@ def _methods(model: Any) -> dict[str, str]:
 
 def _sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:500]}" if lines else type(error).__name__
+    if lines:
+        return f"{type(error).__name__}: {' '.join(lines)[:500]}"
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    return type(error).__name__ + "".join(f" at {Path(f.filename).name}:{f.lineno}, {f.line}" for f in frame)
