@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ from pipeline import __version__
 from pipeline.errors import PipelineError, UsageError, explain_os_error
 
 DEFAULT_COMMAND = "run"
+KEPT = "interrupted; what is finished is kept, run the same command again to go on"
+NOTHING_KEPT = "interrupted; nothing was changed and nothing is left behind"
 
 
 class RecipeFirst(click.Group):
@@ -69,7 +72,7 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
     if smoke:
         from pipeline import smoke as smokes
 
-        done = _guarded(lambda: smokes.smoke(recipes.load(recipe, overrides), console, keep))
+        done = _guarded(lambda: smokes.smoke(recipes.load(recipe, overrides), console, keep), NOTHING_KEPT)
         console.show_smoke(done)
         if not done.report.passed:
             sys.exit(1)
@@ -142,7 +145,7 @@ def verify(
         with server.Session(found) if found is not None else nullcontext() as session:
             return verify.verify(checkpoint, original, cast(verify.Level, level), session, contents=True, say=say)
 
-    report = _guarded(check)
+    report = _guarded(check, NOTHING_KEPT)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:
@@ -174,17 +177,28 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2))
 
 
-def _guarded(call: Any) -> Any:
-    """Run a command's work; what the user can mend becomes text and an exit status, never a traceback."""
+def _guarded(call: Any, interrupted: str = KEPT) -> Any:
+    """Run a command's work; what the user can mend becomes text and an exit status, never a traceback.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that whatever cleans up behind itself can.
+    """
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return call()
     except PipelineError as error:
         _fail(error)
     except KeyboardInterrupt:
-        click.echo("interrupted; what is finished is kept, run the same command again to go on", err=True)
+        click.echo(interrupted, err=True)
         sys.exit(75)
     except OSError as error:
         _fail(PipelineError(explain_os_error(error, "this command")))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _fail(error: PipelineError) -> NoReturn:

@@ -15,16 +15,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import runner
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.source import INDEX, Checkpoint, Tensor
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.events import read_events
-from pipeline.model.selection import text_config
+from pipeline.model.selection import select, text_config
 from pipeline.plan import Plan, make_plan, size_text
 from pipeline.serving.server import Session
 from pipeline.serving.structure import Report
@@ -100,7 +100,7 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
             runner.preflight(plan)
         except PipelineError as error:
             refusals.append(str(error))
-        place = _place(recipe)
+        place = _place(recipe, plan)
         try:
             layers, report, forecast = _in(place, recipe, plan, session, console)
         finally:
@@ -124,7 +124,7 @@ def _in(
         f"smoke: {layers} of {plan.selection.layers} layers, {size_text(nbytes)} of {size_text(source.nbytes)}, "
         f"in {place}"
     )
-    outcome = runner.run(_small(recipe, place, plan), console, announce=False)
+    outcome = runner.run(_small(recipe, place, plan, layers), console, announce=False)
     assert outcome.report is not None
     report = outcome.report
     console.say(runner.how_verified(recipe, session.server if session is not None else None))
@@ -135,20 +135,25 @@ def _in(
     return layers, report, _forecast(plan, outcome, copy_rate) if report.passed else None
 
 
-def _place(recipe: Recipe) -> Path:
+def _place(recipe: Recipe, plan: Plan) -> Path:
     """Where the output's drive is, since that is what the forecast is about."""
     wanted = recipe.runtime.work_directory
     parent = Path(wanted).expanduser().absolute() if wanted else runner.places(recipe)[0].parent
-    parent.mkdir(parents=True, exist_ok=True)
+    while not parent.exists():  # OUTPUT's own parents are the whole run's to make
+        parent = parent.parent
+    root, target = plan.checkpoint.root.resolve(), parent.resolve()
+    if target == root or root in target.parents:
+        raise UsageError(f"output: {target} lies in the source {root}; the source is never written to")
     return Path(tempfile.mkdtemp(prefix=f".{Path(recipe.output).name}.smoke-", dir=parent))
 
 
-def _small(recipe: Recipe, place: Path, plan: Plan) -> Recipe:
+def _small(recipe: Recipe, place: Path, plan: Plan, layers: int) -> Recipe:
     """The recipe itself, on the truncated source; verification in vLLM comes after it."""
     update: dict[str, Any] = {
         "model": recipe.model.model_copy(update={"source": str(place / "source"), "revision": None}),
         "output": str(place / Path(recipe.output).name),
         "verify": "structure",
+        "ignore": _ignored_there(recipe, plan, layers),
         "runtime": recipe.runtime.model_copy(update={"work_directory": None}),
         "serve": recipe.serve.model_copy(update={"gpu_memory": None}),
     }
@@ -160,6 +165,20 @@ def _small(recipe: Recipe, place: Path, plan: Plan) -> Recipe:
         }
         update["calibration"] = recipe.calibration.model_copy(update=few)
     return recipe.model_copy(update=update)
+
+
+def _ignored_there(recipe: Recipe, plan: Plan, layers: int) -> list[str]:
+    """The patterns of ``ignore`` that match something in the first layers too; the plan has seen that all match."""
+    first = {name: tensor for name, tensor in plan.checkpoint.tensors.items() if _layer(tensor, plan) < layers}
+    cut = replace(plan.checkpoint, tensors=first, config=truncated_config(plan.checkpoint.config, layers))
+    kept = []
+    for pattern in recipe.ignore:
+        try:
+            select(cut, [pattern])
+        except PipelineError:
+            continue
+        kept.append(pattern)
+    return kept
 
 
 # --- the truncated source ----------------------------------------------------------------------------

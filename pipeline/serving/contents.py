@@ -47,6 +47,29 @@ def check_hashes(result: Checkpoint, report: Report) -> None:
     report.checked.append(f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run")
 
 
+def check_numbers(result: Checkpoint, report: Report) -> None:
+    """No NaN among FP8 codes (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
+    import numpy
+
+    masks = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+    counted = 0
+    for name, tensor in result.tensors.items():
+        if tensor.dtype not in masks and tensor.dtype != FP8:
+            continue
+        counted += 1
+        for start in range(0, tensor.nbytes, CHUNK):
+            data = read_tensor(result, tensor, start, min(CHUNK, tensor.nbytes - start))
+            if tensor.dtype == FP8:
+                bad = bool(((numpy.frombuffer(data, numpy.uint8) & 0x7F) == 0x7F).any())
+            else:
+                kind, mask = masks[tensor.dtype]
+                bad = bool(((numpy.frombuffer(data, kind) & mask) == mask).any())
+            if bad:
+                report.problems.append(f"{name}: it holds values that are no finite numbers")
+                break
+    report.checked.append(f"{counted} tensors: every value is a finite number")
+
+
 def _check_files(result: Checkpoint, report: Report) -> None:
     """The small files against the hashes of their run."""
     path = result.root / FILES
@@ -162,7 +185,7 @@ def _repack(
         parts = torch.split(weight, [module[1] for module in stacked])
         for (module, _, _), part in zip(stacked, parts, strict=True):
             codes, scale = (result.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "weight_scale"))
-            if codes is None or scale is None or scale.dtype != "F32":
+            if codes is None or scale is None or scale.dtype != "F32" or scale.nbytes != 4:
                 return f"{module}.weight", True
             part = part.contiguous() * 2.0 ** powers.get(module, 0)
             factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=torch.float32).view(())
@@ -190,7 +213,7 @@ def _far(made: bytes, found: bytes, kind: str) -> bool:
     """
     import torch
 
-    if len(made) != len(found):
+    if len(made) != len(found) or kind not in ("F8_E4M3", "BF16", "F16", "F32"):
         return True
     width = {"F8_E4M3": torch.uint8, "BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}[kind]
     a, b = (torch.frombuffer(bytearray(data), dtype=width).to(torch.int64) for data in (made, found))

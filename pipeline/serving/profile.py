@@ -62,11 +62,28 @@ def cache_bytes_per_token(config: Mapping[str, Any], width: int, parallel: int =
     return 2 * int(text.get("num_hidden_layers") or 0) * max(1, -(-kv_heads // parallel)) * head * width
 
 
+def cache_dtype(serve: Serve, fp8_cache: bool) -> str:
+    """The --kv-cache-dtype that the profile will say.
+
+    Raises:
+        UsageError: FP8 without scales in the checkpoint; vLLM would run it at scale 1.0.
+    """
+    asked = str(serve.extra.get("kv-cache-dtype") or serve.kv_cache_dtype or ("fp8" if fp8_cache else "auto"))
+    if asked.startswith("fp8") and not fp8_cache:
+        raise UsageError(
+            f"serve.kv_cache_dtype: {asked} with kv_cache: none would run the attention at KV scale 1.0; choose "
+            "kv_cache: fp8, or leave it out"
+        )
+    return asked
+
+
 def fit(serve: Serve, config: Mapping[str, Any], weights: int, fp8_cache: bool) -> Fit:
     """What `serve`'s GPU would hold; see `Fit`."""
     parallel = serve.tensor_parallel_size
     share = -(-weights // parallel)
-    per_token = cache_bytes_per_token(config, 1 if fp8_cache else 2, parallel)
+    kind = cache_dtype(serve, fp8_cache)
+    narrow = kind.startswith("fp8") or (kind == "auto" and fp8_cache)
+    per_token = cache_bytes_per_token(config, 1 if narrow else 2, parallel)
     if serve.gpu_memory is None:
         return Fit(share, per_token, None, None)
     room = int(parse_size(serve.gpu_memory) * serve.gpu_memory_utilization) - share - OVERHEAD
@@ -88,7 +105,14 @@ def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, 
     """
     limit = _limit(serve, config)
     room = fit(serve, config, weights, fp8_cache)
-    length = serve.max_model_len or min(limit or LONGEST, LONGEST)
+    longest = LONGEST if serve.rope_scaling is None else limit or LONGEST
+    length = serve.max_model_len or min(limit or LONGEST, longest)
+    heads = text_config(config).get("num_attention_heads")
+    if isinstance(heads, int) and heads % serve.tensor_parallel_size:
+        raise UsageError(
+            f"serve.tensor_parallel_size: {heads} attention heads cannot be divided over {serve.tensor_parallel_size} "
+            "GPUs; vLLM refuses that"
+        )
     if limit is not None and length > limit:
         raise UsageError(
             f"serve.max_model_len: {length:,} tokens, the model has {limit:,} positions; lower it, or state "
@@ -112,7 +136,7 @@ def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, 
             )
     made: dict[str, Any] = {
         "served-model-name": serve.served_model_name or name,
-        "kv-cache-dtype": serve.kv_cache_dtype or ("fp8" if fp8_cache else "auto"),
+        "kv-cache-dtype": cache_dtype(serve, fp8_cache),
         **({"max-model-len": length} if limit is not None or serve.max_model_len is not None else {}),
         "gpu-memory-utilization": serve.gpu_memory_utilization,
         "tensor-parallel-size": serve.tensor_parallel_size,
@@ -149,6 +173,11 @@ def _yarn(serve: Serve, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     assert serve.rope_scaling is not None
     text = text_config(config)
+    if any(isinstance(value, dict) for value in (text.get("rope_parameters") or {}).values()):
+        raise UsageError(
+            "serve.rope_scaling: this model has rotary parameters of its own for each kind of attention; YaRN is not "
+            "written for it"
+        )
     own = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta", 1e4), **(text.get("rope_scaling") or {})}
     override = {
         "rope_parameters": {
@@ -172,11 +201,12 @@ def write(recipe: Recipe, config: Mapping[str, Any], weights: int) -> str:
     name = Path(recipe.output).name
     made = arguments(recipe.serve, config, name, weights, fp8_cache)
     found = fit(recipe.serve, config, weights, fp8_cache)
+    narrow = made["kv-cache-dtype"].startswith("fp8") or (made["kv-cache-dtype"] == "auto" and fp8_cache)
     each = f" on each of {recipe.serve.tensor_parallel_size} GPUs" if recipe.serve.tensor_parallel_size > 1 else ""
     lines = [
         f"#   vllm serve {name} --config {name}/{FILE}",
         "#",
-        f"# Weights take {found.weights / 1e9:.1f} GB{each}; a token of {'FP8' if fp8_cache else 'BF16'} cache "
+        f"# Weights take {found.weights / 1e9:.1f} GB{each}; a token of {'FP8' if narrow else 'BF16'} cache "
         f"{found.per_token / 1e3:.0f} kB.",
     ]
     length = made.get("max-model-len")

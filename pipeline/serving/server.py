@@ -137,6 +137,7 @@ class Session:
                 self._process = subprocess.Popen(
                     [self.server.python, JOBS, self._place.name],
                     stdout=log, stderr=log, cwd=self._place.name, start_new_session=True,
+                    env={**os.environ, "TMPDIR": self._place.name},  # what vLLM leaves there goes with it
                 )  # fmt: skip
         return self
 
@@ -149,7 +150,8 @@ class Session:
             seconds: how long one may take.
 
         Returns:
-            A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``.
+            A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``, with
+            ``cut_off`` if time or memory ran out: that says nothing about the checkpoint.
         """
         self.begin()
         assert self._place is not None and self._process is not None

@@ -19,6 +19,7 @@ from pipeline.backends.modelopt import fused_groups
 from pipeline.calibration.scales import E4M3_MAX
 from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, open_checkpoint, read_json
+from pipeline.journal import read_identity
 from pipeline.model.selection import (
     IgnoreList,
     Selection,
@@ -30,6 +31,7 @@ from pipeline.model.selection import (
 
 FP8 = "F8_E4M3"
 SECTION = "quantization_config"
+LEAST, MOST = 2.0**-40, 2.0**20  # of a KV scale: ranges from 4e-10 to 5e8
 
 
 @dataclass
@@ -91,16 +93,20 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         report.problems.append(str(error))
         return report
     report.checked.append(f"{len(result.shards)} shard(s): headers, lengths and index agree")
-    section = result.config.get("quantization_config")
-    if not isinstance(section, dict):
-        report.problems.append("config.json has no quantization_config: vLLM will load the FP8 codes as plain weights")
+    section = quantization_section(result)
+    if section is None:
+        fp8 = any(tensor.dtype == FP8 for tensor in result.tensors.values())
+        what = "vLLM will load the FP8 codes as plain weights" if fp8 else "it is not quantized, and nothing is FP8"
+        report.problems.append(f"config.json has no quantization_config: {what}")
         return report
-    method = METHODS.get(str(section.get("quant_method")))
+    method = _method(section)
     if method is None:
         report.problems.append(
             f"quant_method {section.get('quant_method')!r} is not known here; {' and '.join(METHODS)} are"
         )
         return report
+    if method is STATIC:
+        report.notes.append("static scales under compressed-tensors: weights are not compared with a source here")
     _check_scales(result, method, report)
     ignore = _check_section(section, method, report)
     _check_ignore(result, ignore, report)
@@ -112,12 +118,60 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         _check_accounts(result, source, ignore, method, report)
         _check_config(result, source, report)
     if contents:
-        from pipeline.serving.contents import check_bytes, check_hashes
+        from pipeline.serving.contents import check_bytes, check_hashes, check_numbers
 
         check_hashes(result, report)
-        if source is not None:
+        check_numbers(result, report)
+        if source is not None and method is not STATIC:
             check_bytes(result, source, method.name, report)
     return report
+
+
+def quantization_section(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What a checkpoint says of its quantization, in the form of config.json's ``quantization_config``; None without.
+
+    ModelOpt's older forms say the same in other words: hf_quant_config.json beside a config without a section, or that
+    file's ``quantization`` within the section. vLLM reads them all.
+    """
+    section = checkpoint.config.get(SECTION)
+    old: Any = section.get("quantization") if isinstance(section, dict) else None
+    path = checkpoint.root / "hf_quant_config.json"
+    if not section and path.exists():
+        try:
+            old = read_json(path).get("quantization")
+        except SourceError:
+            old = None
+    if isinstance(old, dict):
+        cache = {"num_bits": 8, "type": "float"} if old.get("kv_cache_quant_algo") == "FP8" else None
+        fp8 = METHODS["modelopt"]
+        groups = {"group_0": {"targets": ["Linear"], "weights": fp8.weights, "input_activations": fp8.inputs}}
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": old.get("quant_algo"),
+            "ignore": old.get("exclude_modules") or [],
+            "kv_cache_scheme": cache,
+            "config_groups": groups if old.get("quant_algo") == "FP8" else {},
+        }
+    return section if isinstance(section, dict) and section else None
+
+
+def promises_fp8_cache(checkpoint: Checkpoint) -> bool:
+    """Whether the config says that the KV cache is FP8, so that vLLM uses the checkpoint's scales by itself."""
+    section = quantization_section(checkpoint) or {}
+    return bool(section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo") == "FP8")
+
+
+def _method(section: dict[str, Any]) -> Method | None:
+    method = METHODS.get(str(section.get("quant_method")))
+    groups = section.get("config_groups")
+    inputs = (
+        [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    if method is METHODS["compressed-tensors"] and inputs and all(_has(part, STATIC.inputs) for part in inputs):
+        return STATIC
+    return method
 
 
 # --- methods -----------------------------------------------------------------------------------------
@@ -167,6 +221,16 @@ METHODS = {
         },
     ),
 }
+
+
+# compressed-tensors' scheme FP8, one static scale a tensor for weights and inputs: vLLM loads it, nothing here makes it
+STATIC = Method(
+    "compressed-tensors",
+    {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+    {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+    True,
+    METHODS["compressed-tensors"].cache,
+)
 
 
 # --- scales ------------------------------------------------------------------------------------------
@@ -301,9 +365,12 @@ def _check_hf_quant_config(result: Checkpoint, section: dict[str, Any], report: 
     if not path.exists():
         return
     try:
-        old = read_json(path).get("quantization", {})
+        old = read_json(path).get("quantization")
     except SourceError as error:
         report.problems.append(str(error))
+        return
+    if not isinstance(old, dict):
+        report.problems.append("hf_quant_config.json: its quantization is no object; vLLM may fail over it")
         return
     ours = (section.get("quant_algo"), sorted(section.get("ignore") or []), bool(section.get("kv_cache_scheme")))
     theirs = (old.get("quant_algo"), sorted(old.get("exclude_modules") or []), bool(old.get("kv_cache_quant_algo")))
@@ -349,19 +416,27 @@ def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, re
         report.problems.append(f"quantization_config.kv_cache_scheme: {scheme!r} is no FP8 scheme")
     missing = [a for a in sorted(attentions) if (a, "k") not in found or (a, "v") not in found]
     if missing:
+        lost = [key for key in "kv" if (missing[0], key) not in found]
+        what = "run it at scale 1.0" if len(lost) == 2 else "use the other's scale for it"
         report.problems.append(
-            f"{missing[0]}: no k_scale and v_scale, in {len(missing)} of {len(attentions)} layers, although the config "
-            "promises an FP8 KV cache: vLLM would run it at scale 1.0"
+            f"{missing[0]}: no {' and '.join(f'{key}_scale' for key in lost)}, in {len(missing)} of {len(attentions)} "
+            f"layers, although the config promises an FP8 KV cache: vLLM would {what}"
         )
     values: dict[tuple[str, str], float] = {}
     for (attention, key), tensor in found.items():
-        if tensor.shape not in ((), (1,)):
+        heads = method.name == "compressed-tensors" and len(tensor.shape) == 3 and tensor.shape[1:] == (1, 1)
+        if tensor.shape not in ((), (1,)) and not heads:
             report.problems.append(f"{tensor.name}: shape {list(tensor.shape)}; one scale a layer is a single value")
             continue
         if bad := _bad_scales(result, tensor):
             report.problems.append(f"{tensor.name}: {bad[0]} is not finite and positive")
             continue
-        values[attention, key] = scalar(result, tensor)
+        if not heads:
+            values[attention, key] = scalar(result, tensor)
+            if not LEAST <= values[attention, key] <= MOST:
+                report.problems.append(
+                    f"{tensor.name}: {values[attention, key]:.3g} is out of the range that keys and values have"
+                )
     ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
     if ones:
         report.problems.append(
@@ -439,10 +514,35 @@ def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> Non
         if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
             for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
                 modules.update(module for module, _, _ in parts)
-    report.problems += ignore.problems(linears, modules)
+    made_here = read_identity(result.root) is not None
+    if not made_here:  # others list the names that transformers has; vLLM translates those as well
+        linears = {
+            next((alias for alias in _aliases(name) if alias in ignore), name) if name not in ignore else name: dtype
+            for name, dtype in linears.items()
+        }
+        modules |= {alias for name in modules for alias in _aliases(name)}
+    for problem in ignore.problems(linears, modules):
+        idle = problem.endswith("matches nothing in this checkpoint")
+        (report.notes if idle and not made_here and _is_broad(problem) else report.problems).append(problem)
     _check_renamed(result, ignore, linears, report)
     plain = sum(dtype != FP8 for dtype in linears.values())
     report.checked.append(f"{plain} plain linear weights: the config ignores each, and no FP8 weight")
+
+
+def _aliases(module: str) -> Iterator[str]:
+    """Other names of a module: transformers 5 puts Qwen's parts below ``model``, the hub and vLLM may not."""
+    for old, new in (
+        ("visual.", "model.visual."), ("model.visual.", "visual."), ("model.layers.", "model.language_model.layers."),
+        ("model.language_model.layers.", "model.layers."), ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
+    ):  # fmt: skip
+        if module.startswith(old):
+            yield new + module.removeprefix(old)
+
+
+def _is_broad(problem: str) -> bool:
+    """Whether an idle entry is a pattern: exporters list those for parts that a model may not have."""
+    return "'re:" in problem or "*" in problem
 
 
 def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, str], report: Report) -> None:
@@ -451,7 +551,7 @@ def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, st
     vLLM calls it ``visual`` also where the checkpoint says ``model.visual``. It translates literal entries of
     compressed-tensors' list, and ModelOpt's patterns, but no regular expressions.
     """
-    method = result.config[SECTION].get("quant_method")
+    method = (quantization_section(result) or {}).get("quant_method")
     if method != "compressed-tensors" or not str(result.config.get("model_type")).startswith("qwen"):
         return
     for name, dtype in linears.items():

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.checkpoint.source import Checkpoint
+from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError
 from pipeline.journal import read_identity
 from pipeline.model.selection import Selection, select
-from pipeline.serving.structure import SECTION, Report, scalar
+from pipeline.serving.structure import Report, promises_fp8_cache, scalar
 
 ABOUT_SCALES = re.compile(r"scal(e|ing)|dtype|calibrat", re.IGNORECASE)
 ROUNDING = 2.0**-8  # of a scale that becomes BF16
@@ -51,7 +51,7 @@ def judge_load(
         else:
             report.problems.append(f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}")
         return False
-    promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
+    promised = promises_fp8_cache(result)
     before = baseline if baseline is not None and not baseline["error"] else None
     found = {kv: list(_findings(result, kv, load, before, promised)) for kv, load in loads.items()}
     for kv, findings in found.items():
@@ -149,21 +149,32 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
     lost = [name for name in load["unconsumed"] if before is None or name not in before["unconsumed"]]
     lost = [name for name in lost if _module(name) not in {_module(entry["tensor"]) for entry in load["crossed"]}]
     if before is None:
-        outside = _outside(result, lost)
-        if outside:
-            yield "note", f"{outside[0]}: vLLM never takes it up, {_in_all(outside)} outside the language model"
-        lost = [name for name in lost if name not in outside]
+        needless = _needless(result, lost)
+        if needless:
+            yield (
+                "note",
+                f"{needless[0]}: vLLM never takes it up, {_in_all(needless)} that no linear layer needs",
+            )
+        lost = [name for name in lost if name not in needless]
     if lost:
         yield "problem", f"{lost[0]}: vLLM never takes this tensor up, {_in_all(lost)}"
 
 
-def _outside(result: Checkpoint, names: Sequence[str]) -> list[str]:
-    """Those that do not belong to the language model, such as a pooling head that no server needs."""
+def _needless(result: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Those that vLLM may leave by design, such as a pooling head or rotary frequencies; no weights, no scales."""
     try:
         selection: Selection = select(result)
-    except Exception:  # a checkpoint that structure already complains of
+    except SourceError:  # a checkpoint that structure already complains of
         return []
-    return [name for name in names if name in selection.choices and selection.choices[name].role == "outside"]
+    grave = ("linear", "experts", "embedding", "head")
+    return [
+        name
+        for name in names
+        if name in selection.choices
+        and selection.choices[name].role not in grave
+        and not name.endswith("_scale")
+        and not (name.endswith(".weight") and selection.choices[name].role != "outside")
+    ]
 
 
 def _module(name: str) -> str:
@@ -192,7 +203,9 @@ def _cache(result: Checkpoint, kv: str, load: dict[str, Any]) -> Iterator[Findin
     for key in ("k", "v", "q", "prob"):
         for layer in narrow:
             name, used = layer["from"][f"{key}_scale"], layer[f"{key}_scale"]
-            if name is None or not isinstance(used, float) or math.prod(result.tensors[name].shape) != 1:
+            if name is None or not isinstance(used, float) or result.tensors[name].dtype not in FLOAT_DTYPES:
+                continue
+            if math.prod(result.tensors[name].shape) != 1:
                 continue
             stored = scalar(result, result.tensors[name])
             if not abs(used - stored) <= ROUNDING * abs(stored):

@@ -19,7 +19,7 @@ from pipeline.model.selection import text_config
 from pipeline.serving.profile import FILE as PROFILE
 from pipeline.serving.profile import cache_bytes_per_token
 from pipeline.serving.server import HOW_TO_GET, Server, Session
-from pipeline.serving.structure import SECTION, Report, check_structure
+from pipeline.serving.structure import Report, check_structure, promises_fp8_cache
 from pipeline.serving.verdict import judge_generation, judge_load
 
 if TYPE_CHECKING:
@@ -69,13 +69,14 @@ def verify(
     baseline = source if source is not None and all(shard.path for shard in source.shards) else None
     server = session.server
     say(f"loading it in {server.name}")
-    loaded, loads = _load(result, baseline, session, report, engine)
+    alone = engine or (level == "generate" and baseline is None)
+    loaded, loads = _load(result, baseline, session, report, alone)
     if not loaded:
         return report
-    report.proven_in_vllm, report.level = not report.problems, "load"
+    report.proven_in_vllm = not report.problems
     if level == "generate" and report.passed:
         if baseline is None:
-            report.notes.append("not generated: answers are held against the source's; name it with --source")
+            report.notes.append("answers are held against the source's where it is named (--source)")
         elif why := _cannot_generate(result, baseline, server, loads):
             report.notes.append(f"not generated: {why}")
         else:
@@ -91,7 +92,7 @@ def _load(
     result: Checkpoint, source: Checkpoint | None, session: Session, report: Report, engine: bool
 ) -> tuple[bool, dict[str, dict[str, Any]]]:
     server = session.server
-    promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
+    promised = promises_fp8_cache(result)
     kinds = ["auto", "fp8"] if promised else ["auto"]
     jobs = [_load_job(source, "auto")] if source is not None else []
     jobs += [_load_job(result, kv) for kv in kinds]
@@ -102,7 +103,7 @@ def _load(
     if answers:
         few = _engine_job(result, FEW)
         jobs.insert(0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1]})  # the longest job begins first
-    records = session.run(jobs, parallel=min(2, os.cpu_count() or 1))
+    records = session.run(jobs, parallel=min(2, os.cpu_count() or 1), seconds=_patience(result))
     answer = records.pop(0) if answers else None
     if profile.exists():
         _judge_profile(records.pop(), server, report)
@@ -115,19 +116,40 @@ def _load(
         "source": _short(baseline) if baseline is not None else None,
         "loads": {kv: _short(load) for kv, load in loads.items()},
     }
+    report.level = "load"
     if engine and loaded:
-        _judge_answer(answer, loads, server, report)
+        _judge_answer(answer, loads, source, session, report)
     return loaded, loads
 
 
+def _fails_too(source: Checkpoint, session: Session) -> dict[str, Any]:
+    """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads."""
+    (same,) = session.run([{**_engine_job(source, FEW), "kv": "fp8"}], seconds=_patience(source))
+    return same
+
+
+def _patience(checkpoint: Checkpoint) -> float:
+    """Seconds that a job on a checkpoint may take: ten minutes, and a minute more a gigabyte."""
+    return 600.0 + 60.0 * checkpoint.nbytes / 1e9
+
+
 def _judge_answer(
-    answer: dict[str, Any] | None, loads: dict[str, dict[str, Any]], server: Server, report: Report
+    answer: dict[str, Any] | None,
+    loads: dict[str, dict[str, Any]],
+    source: Checkpoint | None,
+    session: Session,
+    report: Report,
 ) -> None:
     """The engine's word on a checkpoint whose source is not asked: it answers, and with numbers."""
+    server = session.server
     if answer is None:
         report.notes.append(f"not generated: {server.name} has not the memory for it here")
     elif answer["error"] and (why := _no_kernel(server, loads)):
         report.notes.append(f"not generated: {why}")
+    elif answer.get("cut_off"):
+        report.notes.append(f"not generated: vLLM's engine was given up: {answer['error']}")
+    elif answer["error"] and source is not None and (same := _fails_too(source, session))["error"]:
+        report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}")
     elif answer["error"]:
         report.problems.append(f"vLLM's engine fails: {answer['error']}")
     elif not all(math.isfinite(value) for entry in answer["completions"] for value in entry["logprobs"]):
@@ -190,20 +212,29 @@ def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[st
 
 
 def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: Report) -> None:
-    promised = bool((result.config.get(SECTION) or {}).get("kv_cache_scheme"))
+    promised = promises_fp8_cache(result)
     kinds = ["auto", "fp8"] if promised else ["auto"]
     job = _engine_job(source, ANSWER, SCORED)
-    (before,) = session.run([{**job, "kv": "auto"}])
+    (before,) = session.run([{**job, "kv": "auto"}], seconds=_patience(source))
     if before["error"]:
         report.notes.append(f"not generated: this vLLM does not run the source: {before['error']}")
         return
     job["completions"] = [entry["tokens"] for entry in before["completions"]]
     path = str(result.root.absolute())
-    runs = dict(zip(kinds, session.run([{**job, "checkpoint": path, "kv": kv} for kv in kinds]), strict=True))
+    runs = dict(
+        zip(
+            kinds,
+            session.run([{**job, "checkpoint": path, "kv": kv} for kv in kinds], seconds=_patience(source)),
+            strict=True,
+        )
+    )
     for kv, run in runs.items():
         if not run["error"]:
             continue
-        (same,) = session.run([{**job, "kv": "fp8"}])
+        if run.get("cut_off"):
+            report.notes.append(f"not generated: vLLM's engine was given up: {run['error']}")
+            return
+        same = _fails_too(source, session)
         if promised and same["error"]:
             report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}")
         else:

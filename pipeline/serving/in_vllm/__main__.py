@@ -45,7 +45,7 @@ def main(directory: str) -> None:
     """Run jobs until whoever started this ends it; see the module's text."""
     _die_with_parent()
     for key, value in SETTINGS.items():
-        os.environ.setdefault(key, value)
+        os.environ[key] = value
     begin = time.monotonic()
     import vllm.engine.arg_utils  # noqa: F401
 
@@ -77,7 +77,7 @@ def _run_all(waiting: list[dict[str, Any]], parallel: int) -> None:
             if ended or late:
                 del running[pid]
                 if not Path(job["out"]).exists():
-                    _write(job["out"], {"error": _epitaph(job, status, late)})
+                    _write(job["out"], {"error": _epitaph(job, status, late), "cut_off": True})
         time.sleep(0.02)
 
 
