@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import runner
+from pipeline.calibration.batches import Batches
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.source import INDEX, Checkpoint, Tensor
 from pipeline.errors import PipelineError, UsageError
@@ -304,8 +305,7 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
     """Scale what was measured: bytes by the rates seen, forwards by tokens, layers by their number.
 
     Reading is counted at no more than the rate of the copy from the source itself, since the truncated source was
-    still in the page cache. Forwards are counted at the rate of the largest batch, where batches are timed: the whole
-    run's are larger still.
+    still in the page cache.
     """
     events = list(read_events(outcome.output / "quantize" / "events.jsonl"))
     parts: dict[str, float] = {}
@@ -319,11 +319,9 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
     runs = [event for event in events if event["event"] == "layer"]
     if runs and plan.calibration is not None:
         last = runs[-1]  # the first one warms caches and kernels
-        tokens = plan.calibration.batches.tokens
-        count, seconds = last.get("largest_batch") or (last["tokens"], last["forward"][1] - last["forward"][0])
         span_of = {stage: last[stage][1] - last[stage][0] for stage in ("load", "quantize", "write")}
         reading = last["bytes_read"] / copy_rate
-        working = span_of["load"] + seconds / count * tokens + span_of["quantize"]
+        working = span_of["load"] + _forward_seconds(last, plan.calibration.batches) + span_of["quantize"]
         nbytes = sum(layer.nbytes for layer in plan.layers)
         equal = nbytes / max(1, last["bytes_read"])  # layers of this one's size
         parts["layers"] = max(reading, working, span_of["write"]) * equal
@@ -341,3 +339,21 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
         (plan.output_nbytes, hidden),
         device,
     )
+
+
+def _forward_seconds(last: dict[str, Any], batches: Batches) -> float:
+    """All forwards of a layer: so much a batch and so much a token, from the smallest and the largest batch.
+
+    The whole run's batches are many times larger than a smoke test's. Where batches are not timed (on a GPU, with
+    nearly as many captions), the time of all of them, by tokens. A small batch and a large one say little when they are
+    alike or a machine is busy: a token costs at least a third of what it cost in the largest.
+    """
+    timed = sorted(last.get("timed_batches") or [])
+    if not timed:
+        span: float = last["forward"][1] - last["forward"][0]
+        return span * batches.tokens / max(1, int(last["tokens"]))
+    (few, short), (many, long) = timed[0], timed[-1]
+    mean = long / many
+    each = (long - short) / (many - few) if many > few else mean
+    each = min(max(each, mean / 3), mean)
+    return float(each * batches.tokens + max(0.0, long - each * many) * len(batches.batches))

@@ -102,6 +102,16 @@ def test_a_length_that_is_not_asked_for_is_made_to_fit() -> None:
     assert told["max-model-len"] % 1024 == 0
 
 
+def test_the_cache_that_is_asked_for_is_the_one_that_is_counted() -> None:
+    told = made(TEXT, "{kv_cache_dtype: bfloat16}")
+    assert told["kv-cache-dtype"] == "bfloat16" and "a token of BF16 cache 147 kB" in told["comments"]
+    for serve in ("{kv_cache_dtype: fp8}", "{extra: {kv-cache-dtype: fp8_e4m3}}"):
+        with pytest.raises(UsageError, match="would run the attention at KV scale"):
+            made(TEXT, serve, kv_cache="none")
+    with pytest.raises(UsageError, match="32 attention heads cannot be divided over 3 GPUs"):
+        made(TEXT, "{tensor_parallel_size: 3}")
+
+
 def test_yarn() -> None:
     serve = "{max_model_len: 131072, rope_scaling: {factor: 4, original_max_position_embeddings: 32768}}"
     assert made(TEXT, serve)["hf-overrides"] == {
@@ -110,6 +120,11 @@ def test_yarn() -> None:
         },
         "max_position_embeddings": 131072,
     }  # fmt: skip
+    longer = made(TEXT, "{rope_scaling: {factor: 4, original_max_position_embeddings: 32768}}")
+    assert longer["max-model-len"] == 131072
+    kinds = {**TEXT, "rope_parameters": {"sliding_attention": {"rope_type": "default"}}}
+    with pytest.raises(UsageError, match="rotary parameters of its own for each kind of attention"):
+        made(kinds, "{rope_scaling: {factor: 4, original_max_position_embeddings: 32768}}")
     nested = made(VISION, "{rope_scaling: {factor: 3, original_max_position_embeddings: 262144}}")["hf-overrides"]
     assert nested["text_config"]["rope_parameters"]["mrope_section"] == [24, 20, 20]
     assert nested["text_config"]["max_position_embeddings"] == 786432

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -99,29 +100,54 @@ def test_output_is_not_touched_and_nothing_is_left(tmp_path: Path, quantize: Any
     assert done.returncode == 2 and "--keep: it belongs to --smoke" in done.stderr
 
 
-def test_a_stop_or_a_failure_leaves_nothing(tmp_path: Path, small_model: Callable[[str], Path], captions: Path) -> None:
-    import signal
+def test_an_ignore_of_a_later_layer_is_none_of_the_first_ones(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "source", layers=5)
+    patterns = "ignore: [model.layers.4.mlp.down_proj, 're:.*layers.1.self_attn.o_proj']\n"
+    done = quantize(write_recipe(source, tmp_path / "new" / "deep" / "out", patterns), "--smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "13 tensors become FP8" in done.stdout  # seven a layer, and one of them ignored
+    assert not (tmp_path / "new").exists()
+    done = quantize(write_recipe(source, source / "out"), "--smoke")
+    assert done.returncode == 2 and "the source is never written to" in done.stderr
+    assert not list(source.glob(".out*"))
 
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stop_leaves_nothing(number: str, tmp_path: Path, small_model: Callable[[str], Path], captions: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    text = CALIBRATED.format(
-        source=small_model("qwen3"), output=tmp_path / "out", backend="modelopt", scheme="fp8", captions=captions,
-        samples=8,
-    )  # fmt: skip
-    path.write_text(text)
-    with subprocess.Popen([*QUANTIZE, path, "--smoke"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+    path.write_text(
+        CALIBRATED.format(
+            source=small_model("qwen3"),
+            output=tmp_path / "out",
+            backend="modelopt",
+            scheme="fp8",
+            captions=captions,
+            samples=8,
+        )
+    )
+    with subprocess.Popen(
+        [*QUANTIZE, path, "--smoke"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
             if line.startswith("smoke: "):
                 break
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == 75
+        run.send_signal(getattr(signal, number))
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 75 and "nothing is left behind" in errors
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, small_model: Callable[[str], Path], captions: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    text = CALIBRATED.format(
+        source=tmp_path / "bad", output=tmp_path / "out", backend="modelopt", scheme="fp8", captions=captions, samples=8
+    )
+    path.write_text(text)
     source = tmp_path / "bad"
     subprocess.run(["cp", "-r", small_model("qwen3"), source], check=True)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchClass"]}))
-    path.write_text(text.replace(str(small_model("qwen3")), str(source)))
     done = subprocess.run([*QUANTIZE, path, "--smoke"], capture_output=True, text=True)
     assert done.returncode == 1 and "NoSuchClass" in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "recipe.yaml"]
@@ -142,7 +168,7 @@ def test_the_forecast_scales_bytes_tokens_and_layers(
         {"event": "layer", "load": [0, 9], "forward": [0, 90], "quantize": [0, 9], "write": [0, 9], "bytes_read": layer,
          "tokens": 10, "device_bytes": 0},
         {"event": "layer", "load": [0, 1], "forward": [0, 4], "quantize": [0, 2], "write": [0, 1], "bytes_read": layer,
-         "tokens": 100, "device_bytes": 5, "largest_batch": [50, 1.0]},
+         "tokens": 100, "device_bytes": 5, "timed_batches": [[10, 0.3], [50, 0.9]]},
     ]  # fmt: skip
     record = tmp_path / "smoked" / "quantize" / "events.jsonl"
     record.parent.mkdir(parents=True)
@@ -152,8 +178,9 @@ def test_the_forecast_scales_bytes_tokens_and_layers(
     )
     made = smoke._forecast(plan, outcome, copy_rate=1e12)
     assert made.parts["weights that need no data"] == pytest.approx(sum(p.nbytes for p in plan.pieces) / 2000)
-    tokens = plan.calibration.batches.tokens
-    assert made.parts["layers"] == pytest.approx(3 * (1 + 2 + tokens / 50))
+    batches = plan.calibration.batches  # 15 ms a token, and 150 ms a batch
+    forward = batches.tokens * 0.015 + len(batches.batches) * 0.15
+    assert made.parts["layers"] == pytest.approx(3 * (1 + 2 + forward))
     assert made.parts["imports"] == 7.0 and made.memory[0] == 3 and made.device == 5
     slow = smoke._forecast(plan, outcome, copy_rate=layer / 1000)  # a slow drive sets the pace
     assert slow.parts["layers"] == pytest.approx(3 * 1000)

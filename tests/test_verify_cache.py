@@ -252,3 +252,140 @@ def test_what_others_made_may_be_one_rounding_away(
         assert any("but 1 made elsewhere and one rounding apart" in line for line in report.checked)
     else:
         assert any(f"{Q}.weight: not what the source's" in problem for problem in report.problems)
+
+
+# --- other people's layouts ----------------------------------------------------------------------------
+
+
+def others(out: Path, target: Path) -> Path:
+    """A copy without the records of our runs, as someone else would have made it."""
+    shutil.copytree(out, target)
+    shutil.rmtree(target / "quantize")
+    return target
+
+
+def edit(out: Path, change: Callable[[Any], Any]) -> None:
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def legacy(out: Path) -> None:
+    edit(out, lambda c: c.pop("quantization_config"))
+
+
+def nested(out: Path) -> None:
+    old = json.loads((out / "hf_quant_config.json").read_text())
+    edit(out, lambda c: c.update(quantization_config={"quant_method": "modelopt", **old}))
+    (out / "hf_quant_config.json").unlink()
+
+
+def static(out: Path) -> None:
+    """compressed-tensors' scheme FP8, from a ModelOpt result: the same tensors, another config."""
+
+    def change(config: Any) -> None:
+        section = config["quantization_config"]
+        part = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+        groups = {"group_0": {"targets": ["Linear"], "weights": part, "input_activations": part}}
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups,
+            "ignore": ["lm_head", "re:.*visual.*"], "kv_cache_scheme": section["kv_cache_scheme"],
+        }  # fmt: skip
+
+    edit(out, change)
+    (out / "hf_quant_config.json").unlink()
+    rewrite(out, lambda t: [t.pop(name) for name in list(t) if name.endswith(".prob_scale")])
+
+
+def a_head_each(out: Path) -> None:
+    def change(tensors: Any) -> None:
+        for name in [name for name in tensors if name.endswith(("k_scale", "v_scale"))]:
+            tensors[name] = ({"dtype": "BF16", "shape": [2, 1, 1]}, tensors[name][1] * 2)
+
+    rewrite(out, change)
+
+
+def names_of_transformers(out: Path) -> None:
+    edit(
+        out,
+        lambda c: c["quantization_config"].update(
+            ignore=[
+                "lm_head",
+                *(f"model.{name}" for name in c["quantization_config"]["ignore"] if name.startswith("visual.")),
+            ]
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "change"),
+    [("modelopt", legacy), ("modelopt", nested), ("modelopt", static), ("llmcompressor", a_head_each),
+     ("llmcompressor", names_of_transformers),
+     ("llmcompressor", lambda o: section(o, ignore=["re:.*lm_head", "re:visual.*", "re:model.visual.*"]))],
+    ids=["legacy file", "nested section", "static compressed-tensors", "a scale a head", "transformers' names", "idle"],
+)  # fmt: skip
+def test_sound_layouts_of_others_pass(
+    backend: str, change: Callable[[Path], Any], pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    target = others(pairs[backend][1], tmp_path / "other")
+    change(target)
+    report = check_structure(target, contents=True)
+    assert report.passed, report.problems
+    assert any("3 attention layers: finite, positive KV-cache scales" in line for line in report.checked)
+
+
+def nan_codes(tensors: Any) -> None:
+    entry, raw = tensors[f"{Q}.weight"]
+    tensors[f"{Q}.weight"] = (entry, raw[:7] + b"\x7f" + raw[8:])
+
+
+ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "NaN codes": ("modelopt", lambda o: rewrite(o, nan_codes), f"{Q}.weight: it holds values that are no finite"),
+    "an absurd scale": ("llmcompressor", put(f"{L0}.k_scale", 1e30), "is out of the range that keys and values have"),
+    "F64": (
+        "modelopt",
+        lambda o: rewrite(o, lambda t: t.update({f"{L0}.k_scale": ({"dtype": "F64", "shape": []}, b"\0" * 8)})),
+        f"{L0}.k_scale: nan is not finite and positive",
+    ),
+    "a section that is a list": ("modelopt", lambda o: edit(o, lambda c: c.update(quantization_config=[1])), "config"),
+    "an old file without content": (
+        "modelopt", lambda o: (o / "hf_quant_config.json").write_text('{"quantization": null}'),
+        "its quantization is no object",
+    ),
+    "only v_scale lost": (
+        "modelopt", drop(f"{L1}.v_scale"),
+        f"{L1}: no v_scale, in 1 of 3 layers, although the config promises an FP8 KV cache: vLLM would use the other's "
+        "scale for it",
+    ),
+    "E5M2": (
+        "llmcompressor",
+        lambda o: rewrite(o, lambda t: t.update(
+            {f"{Q}.weight": ({**t[f"{Q}.weight"][0], "dtype": "F8_E5M2"}, t[f"{Q}.weight"][1])})),
+        f"{Q}.weight",
+    ),
+    "a row's scale under ModelOpt": (
+        "modelopt",
+        lambda o: rewrite(o, lambda t: t.update(
+            {f"{Q}.weight_scale": ({"dtype": "F32", "shape": [64, 1]}, t[f"{Q}.weight_scale"][1] * 64)})),
+        "one scale a tensor",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_odd_contents_are_sentences_and_not_tracebacks(
+    name: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    backend, damage, sentence = ODD[name]
+    source, out = pairs[backend]
+    target = others(out, tmp_path / "odd")
+    damage(target)
+    for given in (None, open_checkpoint(source)):
+        report = check_structure(target, given, contents=True)
+        assert any(sentence in problem for problem in report.problems), report.problems
+
+
+def test_what_is_not_quantized_is_said_to_be_so(pairs: dict[str, tuple[Path, Path]]) -> None:
+    report = check_structure(pairs["modelopt"][0])
+    assert report.problems == ["config.json has no quantization_config: it is not quantized, and nothing is FP8"]

@@ -223,7 +223,9 @@ class _Stream:
 
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         batches = self.calibration.batches.batches
-        largest = max(range(len(batches)), key=lambda number: batches[number].tokens)
+        smallest, largest = (
+            choose(range(len(batches)), key=lambda number: batches[number].tokens) for choose in (min, max)
+        )
 
         def run(number: int) -> Any:
             result = layer.module(hidden.take(number), **calls[number][unit.index])
@@ -234,8 +236,8 @@ class _Stream:
             for number in range(len(calls)):
                 began = time.time()
                 result = run(number)
-                if number == largest and self.device.type == "cpu":  # a GPU computes while this goes on
-                    timing["largest_batch"] = (batches[number].tokens, time.time() - began)
+                if number in (smallest, largest) and self.device.type == "cpu":  # a GPU computes while this goes on
+                    timing.setdefault("timed_batches", []).append((batches[number].tokens, time.time() - began))
                 finite.logical_and_(result.isfinite().all())
                 hidden.put(number, result)
                 self.seen.forwards += 1
