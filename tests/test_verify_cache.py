@@ -389,3 +389,18 @@ def test_odd_contents_are_sentences_and_not_tracebacks(
 def test_what_is_not_quantized_is_said_to_be_so(pairs: dict[str, tuple[Path, Path]]) -> None:
     report = check_structure(pairs["modelopt"][0])
     assert report.problems == ["config.json has no quantization_config: it is not quantized, and nothing is FP8"]
+
+
+def test_a_tokenizer_with_too_many_ids(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Another model's is a problem; one that the source has as well, and many fine-tunes do, is noted."""
+    source, out = (shutil.copytree(path, tmp_path / path.name) for path in pairs["modelopt"])
+    target = others(out, tmp_path / "other")
+    for root in (source, target):
+        content = json.loads((root / "tokenizer.json").read_text())
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "<more>"})
+        (root / "tokenizer.json").write_text(json.dumps(content))
+    sentence = "tokenizer.json: its ids reach 320, the embedding has 320 rows"
+    alone = check_structure(target)
+    assert alone.problems == [f"{sentence}; it is another model's"]
+    beside = check_structure(target, open_checkpoint(source))
+    assert beside.passed and f"{sentence}; as in the source" in beside.notes

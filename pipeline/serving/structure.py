@@ -111,7 +111,7 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
     ignore = _check_section(section, method, report)
     _check_ignore(result, ignore, report)
     _check_cache(result, section, method, report)
-    _check_tokenizer(result, report)
+    _check_tokenizer(result, source, report)
     if method.name == "modelopt":
         _check_hf_quant_config(result, section, report)
     if source is not None:
@@ -566,8 +566,11 @@ def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, st
             return
 
 
-def _check_tokenizer(result: Checkpoint, report: Report) -> None:
-    """Whether the tokenizer can be this model's: no id beyond the embedding's rows, and the image's own id."""
+def _check_tokenizer(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
+    """Whether the tokenizer can be this model's: no id beyond the embedding's rows, and the image's own id.
+
+    What a source had already is its makers' business, and noted.
+    """
     path = result.root / "tokenizer.json"
     if not path.exists():
         return
@@ -582,18 +585,16 @@ def _check_tokenizer(result: Checkpoint, report: Report) -> None:
         return
     except (KeyError, TypeError):
         return  # another library's format
+    carried = source.root / "tokenizer.json" if source is not None else None
+    as_before = carried is not None and carried.exists() and carried.read_bytes() == path.read_bytes()
+    place, whose = (report.notes, "as in the source") if as_before else (report.problems, "it is another model's")
     rows = max((result.tensors[name].shape[0] for name, c in choices.items() if c.role == "embedding"), default=0)
     if rows and (largest := max(ids | added, default=0)) >= rows:
-        report.problems.append(
-            f"tokenizer.json: its ids reach {largest}, the embedding has {rows} rows; it is another model's"
-        )
+        place.append(f"tokenizer.json: its ids reach {largest}, the embedding has {rows} rows; {whose}")
     for key in ("image_token_id", "image_token_index"):
         value = result.config.get(key)
         if isinstance(value, int) and value >= 0 and value not in ids | added:
-            report.problems.append(
-                f"tokenizer.json: it has no id {value}, config.json's {key}; it is another model's, and no image could "
-                "be asked about"
-            )
+            place.append(f"tokenizer.json: it has no id {value}, config.json's {key}; {whose}")
 
 
 def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> None:

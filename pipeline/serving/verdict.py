@@ -67,6 +67,9 @@ def judge_load(
             f"no KV scales: serve it with --kv-cache-dtype auto; with fp8 the attention of {layers} layers would run "
             "at KV scale 1.0"
         )
+    elif not next(iter(loads.values()))["attention"]:
+        report.notes.append("vLLM runs this model's attention in a way whose scales are not looked at here")
+        promised = False
     _say_loaded(loads, promised, report)
     return True
 

@@ -116,7 +116,8 @@ def _load(
         "source": _short(baseline) if baseline is not None else None,
         "loads": {kv: _short(load) for kv, load in loads.items()},
     }
-    report.level = "load"
+    if loaded:
+        report.level = "load"
     if engine and loaded:
         _judge_answer(answer, loads, source, session, report)
     return loaded, loads
