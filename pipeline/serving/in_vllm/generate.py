@@ -102,7 +102,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share() -> dict[str, Any]:
-    """On a GPU, no more of it than is free: vLLM looks at the share before it starts, though the cache's size is given."""
+    """On a GPU, no more than is free: vLLM looks at the share before it starts, although the cache has its size."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
