@@ -27,6 +27,7 @@ quantize verify out/demo-fp8-kv_fp8 --source out/demo-model
 
 step "the same checkpoint without its KV scales: what vLLM would make of it"
 rm -rf out/demo-damaged && cp -r out/demo-fp8-kv_fp8 out/demo-damaged
+rm -r out/demo-damaged/quantize   # as if someone else had made it
 python - <<'PY'
 import json
 from pathlib import Path
@@ -40,7 +41,11 @@ for path in root.glob("*.safetensors"):
 index["weight_map"] = {n: f for n, f in index["weight_map"].items() if not n.endswith(("k_scale", "v_scale"))}
 (root / "model.safetensors.index.json").write_text(json.dumps(index))
 PY
-quantize verify out/demo-damaged | grep -m 8 PROBLEM
+if quantize verify out/demo-damaged >out/demo-damaged.txt; then
+    echo "the damage was not seen" >&2
+    exit 1
+fi
+grep PROBLEM out/demo-damaged.txt
 
 step "what was published"
 ls -l out/demo-fp8-kv_fp8 out/demo-fp8-kv_fp8/quantize
