@@ -288,13 +288,12 @@ def truncated_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
     before = text.get("num_hidden_layers")
     text["num_hidden_layers"] = layers
     for key, value in text.items():
-        if isinstance(value, list) and len(value) == before and key not in ("architectures",):
+        if isinstance(value, list) and len(value) == before:
             text[key] = value[:layers]
         elif key in ("mlp_only_layers", "no_rope_layers_indices", "full_attention_idxs") and isinstance(value, list):
             text[key] = [index for index in value if index < layers]
-    for key in ("max_window_layers",):
-        if isinstance(text.get(key), int):
-            text[key] = min(text[key], layers)
+    if isinstance(text.get("max_window_layers"), int):
+        text["max_window_layers"] = min(text["max_window_layers"], layers)
     return made
 
 

@@ -348,7 +348,8 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda o: rewrite(o, lambda t: t.update({f"{L0}.k_scale": ({"dtype": "F64", "shape": []}, b"\0" * 8)})),
         f"{L0}.k_scale: nan is not finite and positive",
     ),
-    "a section that is a list": ("modelopt", lambda o: edit(o, lambda c: c.update(quantization_config=[1])), "config"),
+    "a section that is a list": ("modelopt", lambda o: edit(o, lambda c: c.update(quantization_config=[1])),
+        "config.json has no quantization_config"),
     "an old file without content": (
         "modelopt", lambda o: (o / "hf_quant_config.json").write_text('{"quantization": null}'),
         "its quantization is no object",

@@ -46,7 +46,7 @@ def judge_load(
                 f"vLLM could not be run: {load['error']}; mend its environment and run the same command again, or "
                 "choose verify: structure, which proves nothing about serving"
             )
-        elif baseline is not None and baseline["error"]:
+        elif baseline is not None and baseline["error"] and "vllm" in baseline:  # vLLM's own word, not a lost process
             report.notes.append(f"not proven: this vLLM does not load the source either: {baseline['error']}")
         else:
             report.problems.append(f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}")
@@ -83,15 +83,11 @@ def _say_loaded(loads: Mapping[str, dict[str, Any]], promised: bool, report: Rep
         + ", ".join(f"{count} {method}" for method, count in methods.most_common())
     )
     if promised and not report.problems:
+        warned = {line for load in loads.values() for line in load["warnings"] if ABOUT_SCALES.search(line)}
         given = [key for key in ("k", "v", "q", "prob") if all(a["from"][f"{key}_scale"] for a in first["attention"])]
         report.checked.append(
             f"vLLM runs the attention of {len(first['attention'])} layers with an FP8 cache and the checkpoint's "
-            f"scales ({', '.join(given)}); warnings about scales or dtypes: "
-            + (
-                "none"
-                if not any(ABOUT_SCALES.search(w) for load in loads.values() for w in load["warnings"])
-                else "see"
-            )
+            f"scales ({', '.join(given)}); warnings about scales or dtypes: {len(warned) or 'none'}"
         )
 
 
