@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import click
 
 from pipeline import __version__
-from pipeline.errors import PipelineError, UsageError, explain_os_error
+from pipeline.errors import PipelineError, UsageError, from_os_error
 
 DEFAULT_COMMAND = "run"
 KEPT = "interrupted; what is finished is kept, run the same command again to go on"
@@ -45,6 +45,8 @@ def main() -> None:
     quantize RECIPE [KEY=VALUE ...]        convert, verify, publish; with --smoke a test of it in a minute
     quantize plan RECIPE [KEY=VALUE ...]   what would happen, without reading a tensor
     quantize verify CHECKPOINT             is it whole, and what will vLLM make of it
+    quantize batch RECIPE|DIR|MANIFEST ... many conversions unattended, and a report in the morning
+    quantize doctor [RECIPE]               is this machine fit for it
 
     KEY is a dotted key of the recipe, for instance output=/nvme/out or model.source=/models/x.
     """
@@ -155,6 +157,64 @@ def verify(
 
 
 @main.command()
+@click.argument("what", nargs=-1, metavar="RECIPE|DIR|MANIFEST ... [KEY=VALUE ...]")
+@click.option("--until", metavar="HH:MM", help="Start nothing that would not end by then, and stop the rest cleanly.")
+@click.option("--budget", metavar="9h", help="The same, as a length of time from now.")
+@click.option("--jobs", type=click.IntRange(1), help="Jobs at once that need no GPU, or find none.  [default: 1]")
+@click.option("--jobs-per-gpu", type=click.IntRange(1), default=1, show_default=True, help="Jobs at once on each GPU.")
+@click.option("--disk-wait", default="2h", show_default=True, help="How long a job waits for space on its drive.")
+@click.option("--ray", metavar="ADDRESS|auto", help="Run the jobs on this Ray cluster (needs the extra `ray`).")
+@click.option("--directory", type=click.Path(path_type=Path), help="For logs and report.  [default: batch/NAME]")
+@click.option("--on-finish", metavar="CMD", help="A shell command at the end; see docs/overnight.md for its variables.")
+@click.option("--on-failure", metavar="CMD", help="A shell command for each job that fails for good.")
+@click.option("--dry-run", is_flag=True, help="Plan every job, show the table, start nothing.")
+@click.option("--status", is_flag=True, help="Show a batch that runs, or ran: the latest, or the one of DIR.")
+def batch(what: tuple[str, ...], status: bool, **options: Any) -> None:
+    """Convert many checkpoints, unattended: each in its own process, resumed, retried or refused as it deserves.
+
+    The same command again goes on where a batch stopped. Exit status 0: all are published; 1: some failed; 75: the
+    window is over, or it was stopped, and jobs are left.
+    """
+    from pipeline.batch import command
+    from pipeline.report.console import Console
+
+    console = Console()
+    if status:
+        directory = options["directory"] or (Path(what[0]) if what else None)
+        _guarded(lambda: command.status(directory, console), NOTHING_KEPT)
+        return
+    done = _guarded(lambda: command.run(what, command.Options(**options), console))
+    if done:
+        sys.exit(done)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
+def doctor(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Is this machine fit for the run? GPU, memory, threads, drives, libraries, vLLM; each finding with its remedy.
+
+    Nothing is changed; a scratch file of 256 MB measures the output's drive and is removed. Exit status 1 says that
+    the run would not work here.
+    """
+    from pipeline import doctor as doctors
+    from pipeline import recipe as recipes
+
+    def look() -> list[doctors.Finding]:
+        return doctors.examine(recipes.load(recipe, overrides) if recipe is not None else None)
+
+    findings = _guarded(look, NOTHING_KEPT)
+    if as_json:
+        click.echo(json.dumps(doctors.as_json(findings), indent=2))
+    else:
+        from pipeline.report.console import Console
+
+        doctors.show(findings, Console())
+    sys.exit(doctors.exit_status(findings))
+
+
+@main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="trace.json", show_default=True)
 def trace(checkpoint: Path, output: Path) -> None:
@@ -191,7 +251,7 @@ def _guarded(call: Any, interrupted: str = KEPT) -> Any:
         click.echo(interrupted, err=True)
         sys.exit(75)
     except OSError as error:
-        _fail(PipelineError(explain_os_error(error, "this command")))
+        _fail(from_os_error(error, "this command"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

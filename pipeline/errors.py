@@ -8,21 +8,97 @@ import errno
 
 
 class PipelineError(Exception):
-    """Something in the world stands in the way: the source, the disk, the result. Its text is for the user."""
+    """Something in the world stands in the way: the source, the disk, the result. Its text is for the user.
+
+    `kind` is a word for programs that must decide what to do next, such as a batch.
+    """
 
     exit_status = 1
+    kind = "failed"
 
 
 class UsageError(PipelineError):
     """The recipe or the command line asks for what cannot be. The text may hold several lines, one an error."""
 
     exit_status = 2
+    kind = "recipe"
+
+
+class OtherRun(UsageError):
+    """What stands at the output, or is begun there, belongs to a run of another identity.
+
+    Attributes:
+        fields: of the identity that differ.
+        begun: it is unfinished work, not a published result.
+    """
+
+    def __init__(self, text: str, fields: frozenset[str], begun: bool) -> None:
+        super().__init__(text)
+        self.fields, self.begun = fields, begun
 
 
 class Interrupted(PipelineError):
     """A signal asked for an end; everything finished is saved."""
 
     exit_status = 75
+    kind = "interrupted"
+
+
+class DiskFull(PipelineError):
+    """There is too little space now; more may come."""
+
+    kind = "disk"
+
+
+class TooLarge(PipelineError):
+    """This machine can never hold it: the drive or the memory as a whole is smaller."""
+
+    kind = "too large"
+
+
+class OutOfMemory(PipelineError):
+    """Memory of the host or of the GPU ran out."""
+
+    kind = "out of memory"
+
+
+class VerificationFailed(PipelineError):
+    """The result is whole, and not good; it is not published."""
+
+    kind = "verification"
+
+
+class DeviceFault(PipelineError):
+    """A GPU failed; another attempt may well not."""
+
+    kind = "crashed"
+
+
+class Busy(PipelineError):
+    """Another process works on the same output."""
+
+    kind = "busy"
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether CUDA itself failed (an illegal access, a lost device), not what ran on it."""
+    return isinstance(error, RuntimeError) and ("CUDA error" in str(error) or "cuDNN error" in str(error))
+
+
+def from_os_error(error: OSError, doing: str) -> PipelineError:
+    """What the system raised, as one of ours; see `explain_os_error`."""
+    text = explain_os_error(error, doing)
+    return DiskFull(text) if error.errno in (errno.ENOSPC, errno.EDQUOT) else PipelineError(text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of a GPU, however a library says so."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in names or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
+    )
 
 
 def explain_os_error(error: OSError, doing: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.writer import sync_directory
-from pipeline.errors import PipelineError, UsageError
-from pipeline.plan import differences
+from pipeline.errors import Busy, OtherRun, UsageError
+from pipeline.plan import differences, differing
 
 JOURNAL = "quantize/journal.jsonl"
 LOCK = "quantize/lock"
@@ -78,9 +78,9 @@ class Journal:
             fresh: throw away what an earlier run left there.
 
         Raises:
-            PipelineError: another process holds the lock.
-            UsageError: the directory is not ours, or its journal belongs to another run; the text names the fields
-                that differ.
+            Busy: another process holds the lock.
+            OtherRun: its journal belongs to another run; the text names the fields that differ.
+            UsageError: the directory is not ours.
         """
         _refuse_strangers(partial)
         (partial / "quantize").mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _lock(partial: Path) -> int:
         same = False
     if not same:
         os.close(lock)
-        raise PipelineError(f"{partial}: another run is writing here; wait for it, or choose another output")
+        raise Busy(f"{partial}: another run is writing here; wait for it, or choose another output")
     return lock
 
 
@@ -245,8 +245,10 @@ def _read(path: Path, identity: dict[str, Any], partial: Path) -> State:
         raise UsageError(f"{path}: the journal is damaged; start over with --fresh") from None
     if found != identity:
         changed = "\n".join(f"  {line}" for line in differences(found, identity))
-        raise UsageError(
+        raise OtherRun(
             f"{partial}: another run began this; it differs in\n{changed}\nrun that recipe again to go on with it, "
-            "choose another output, or start over with --fresh"
+            "choose another output, or start over with --fresh",
+            differing(found, identity),
+            begun=True,
         )
     return state

@@ -23,11 +23,11 @@ from pipeline import __version__
 from pipeline.backends.base import Backend, CalibratedBackend
 from pipeline.backends.llmcompressor import FP8Dynamic, FP8DynamicKV
 from pipeline.backends.modelopt import ModelOptFP8
-from pipeline.calibration.batches import BATCH_TOKENS, Batches, make_batches, tokenize
+from pipeline.calibration.batches import Batches, make_batches, tokenize
 from pipeline.calibration.captions import CaptionSet, load_captions
 from pipeline.calibration.machine import Device, Needs, Place, choose_device, choose_place, import_libraries
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import DiskFull, TooLarge, UsageError
 from pipeline.model.selection import (
     REASONS,
     ExpertLayout,
@@ -285,7 +285,7 @@ def _plan_calibration(
     imports = import_libraries()
     captions = load_captions(recipe.calibration)
     sequences = tokenize(captions.texts, checkpoint.root, recipe.calibration.template)
-    batches = make_batches(sequences, recipe.calibration.max_length)
+    batches = make_batches(sequences, recipe.calibration.max_length, recipe.calibration.batch_tokens)
     text = text_config(checkpoint.config)
     hidden = int(text.get("hidden_size") or 0) or _hidden_size(layers)
     limit = text.get("max_position_embeddings")
@@ -651,7 +651,8 @@ def _identity(plan: Plan) -> dict[str, Any]:
     if plan.calibration is not None:  # what decides the bits of activations
         batches = plan.calibration.batches  # captions, seed, template: whatever gives the same batches is the same
         found["calibration.batches"] = [f"{batches.samples} captions, {batches.tokens} tokens", batches.digest]
-        found["calibration.batch_tokens"] = BATCH_TOKENS
+        assert recipe.calibration is not None
+        found["calibration.batch_tokens"] = recipe.calibration.batch_tokens
         found["device"] = plan.calibration.device.name
         if plan.calibration.device.kind == "cpu":
             found["threads"] = plan.threads
@@ -686,6 +687,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines or ["layout: the output's layout"]
 
 
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the fields in which two identities differ."""
+    return frozenset(key for key in set(before) | set(now) if before.get(key) != now.get(key))
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -694,25 +700,49 @@ def _short(value: Any) -> str:
 # --- disk --------------------------------------------------------------------------------------------
 
 
-def check_disk(plan: Plan, output: Path, partial: Path) -> None:
-    """Raise PipelineError if the result does not fit beside what a stopped run has written already.
+def disk_need(plan: Plan) -> int:
+    """Bytes that the output's drive must have for a whole run.
 
     Hidden states count where they go to the same drive: two generations while one is saved, and the file they wait in.
     """
     needed = plan.output_nbytes + (16 << 20)
     if plan.calibration is not None and plan.recipe.runtime.work_directory is None:
         needed += plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
-    have = 0
-    if partial.is_dir():
-        have = sum(path.stat().st_blocks * 512 for path in partial.glob("*.safetensors"))
+    return needed
+
+
+def written_already(partial: Path) -> int:
+    """Bytes on the drive that a stopped run has taken for its shards."""
+    found = 0
+    for path in partial.glob("*.safetensors") if partial.is_dir() else ():
+        try:
+            found += path.stat().st_blocks * 512
+        except FileNotFoundError:  # published, or thrown away, meanwhile
+            continue
+    return found
+
+
+def check_disk(plan: Plan, output: Path, partial: Path) -> None:
+    """See whether the result fits beside what a stopped run has written already.
+
+    Raises:
+        DiskFull: not now.
+        TooLarge: the drive as a whole is smaller.
+    """
+    needed, have = disk_need(plan), written_already(partial)
     place = output.absolute().parent
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free + have < needed:
-        raise PipelineError(
-            f"{place}: {size_text(free + have)} free, {size_text(needed)} needed for the result; free "
-            f"{size_text(needed - free - have)}, or choose another output"
+    usage = shutil.disk_usage(place)
+    if needed > usage.total:
+        raise TooLarge(
+            f"{place}: {size_text(needed)} needed for the result, the whole drive has {size_text(usage.total)}; "
+            "choose another output"
+        )
+    if usage.free + have < needed:
+        raise DiskFull(
+            f"{place}: {size_text(usage.free + have)} free, {size_text(needed)} needed for the result; free "
+            f"{size_text(needed - usage.free - have)}, or choose another output"
         )
 
 

@@ -58,6 +58,7 @@ class Calibration(Section):
     samples: int = Field(4096, ge=1)
     per_image: int | None = Field(1, ge=1, description="At most so many captions of one image; null: no limit.")
     max_length: int = Field(512, ge=1, description="Tokens; longer captions are cut.")
+    batch_tokens: int = Field(4096, ge=1, description="Tokens computed at once; fewer take less memory, and more time.")
     template: Literal["raw", "chat"] = "raw"
     seed: int = Field(0, ge=0)
 
@@ -324,7 +325,7 @@ def _scalar(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _parse_value(text: str) -> tuple[Any, list[str]]:
+def parse_value(text: str) -> tuple[Any, list[str]]:
     """The value of a KEY=VALUE override, read as YAML would read it, and what is wrong with it.
 
     Text that is no YAML stays text.
@@ -364,6 +365,11 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: with one line for every mistake found.
     """
     path = Path(path)
+    return parse(read(path), str(path), overrides)
+
+
+def read(path: Path) -> str:
+    """The text of a recipe's file, or of a manifest's. Raises UsageError."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -372,19 +378,18 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             raise UsageError(
                 f"{path}: a recipe is at most {MAX_RECIPE_BYTES:,} bytes, this file has {size:,}; is it the right file?"
             )
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start} is not UTF-8; a recipe is a text file in YAML") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse(text, str(path), overrides)
 
 
 def parse(text: str, file: str = "recipe.yaml", overrides: Sequence[str] = ()) -> Recipe:
     """As `load`, from text; `file` is the name that errors carry."""
-    document = _compose(text, file)
+    document = compose(text, file)
     for override in overrides:
         _override(document, override)
     problems = list(document.problems)
@@ -421,14 +426,15 @@ def _details(error: ValidationError) -> list[dict[str, Any]]:
     return [dict(detail) for detail in error.errors(include_url=False)]
 
 
-def _compose(text: str, file: str) -> Document:
+def compose(text: str, file: str, what: str = "recipe") -> Document:
+    """A YAML file as plain data and places; raises UsageError where it is none."""
     document = Document({}, {}, [])
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is None:
-            raise UsageError(f"{file}:1:1: the recipe is empty; recipes/ holds examples")
+            raise UsageError(f"{file}:1:1: the {what} is empty; recipes/ holds examples")
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{Place.of(file, node).text}: a recipe is a mapping of keys to values")
+            raise UsageError(f"{Place.of(file, node).text}: a {what} is a mapping of keys to values")
         document.data = _convert(node, (), document, file, [MAX_RECIPE_NODES])
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -438,7 +444,7 @@ def _compose(text: str, file: str) -> Document:
     except yaml.YAMLError as error:
         raise UsageError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise UsageError(f"{file}: the values are nested too deeply for a recipe") from None
+        raise UsageError(f"{file}: the values are nested too deeply for a {what}") from None
     return document
 
 
@@ -458,7 +464,7 @@ def _override(document: Document, override: str) -> None:
             document.problems.append((place, f"{'.'.join(parts[: depth + 1])} holds a value, it has no keys below it"))
             return
         target = inner
-    target[parts[-1]], wrong = _parse_value(value)
+    target[parts[-1]], wrong = parse_value(value)
     document.problems += [(place, f"{key}: {message}") for message in wrong]
     prefix = tuple(parts)
     for stale in [path for path in document.places if path[: len(prefix)] == prefix]:
@@ -482,7 +488,7 @@ def _explain(document: Document, file: str, detail: dict[str, Any]) -> tuple[Pla
         path = path[1:]  # the union's tag, not a key
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         path = ("backend",)
-    place, name, given = _nearest(document, path, file), dotted(path), detail.get("input")
+    place, name, given = nearest(document, path, file), dotted(path), detail.get("input")
     allowed = "; allowed: modelopt, llmcompressor"
     match kind:
         case "extra_forbidden":
@@ -523,7 +529,8 @@ def _elsewhere(path: tuple[str | int, ...], given: Any) -> str:
     return f" ({given} belongs to backend: {owners[0]})" if owners else ""
 
 
-def _nearest(document: Document, path: tuple[str | int, ...], file: str) -> Place:
+def nearest(document: Document, path: tuple[str | int, ...], file: str) -> Place:
+    """Where a key stands, or the nearest one above it."""
     for end in range(len(path), -1, -1):
         if path[:end] in document.places:
             return document.places[path[:end]]
@@ -554,7 +561,7 @@ def _contradictions(document: Document, file: str) -> list[tuple[Place, str]]:
     data, found = document.data, []
 
     def problem(key: str, message: str) -> None:
-        found.append((_nearest(document, (key,), file), f"{key}: {message}"))
+        found.append((nearest(document, (key,), file), f"{key}: {message}"))
 
     scheme, kv_cache = data.get("scheme"), data.get("kv_cache", "fp8")
     if scheme == "none" and kv_cache == "none":

@@ -20,10 +20,19 @@ from pipeline.calibration.hidden import Scratch
 from pipeline.calibration.layers import Calibrated, run_layers
 from pipeline.checkpoint import hub, sidecars
 from pipeline.checkpoint.writer import lost_shards, publish, sync_all, sync_directory, write_file
-from pipeline.errors import Interrupted, PipelineError, UsageError, explain_os_error
+from pipeline.errors import (
+    Interrupted,
+    OtherRun,
+    OutOfMemory,
+    PipelineError,
+    UsageError,
+    VerificationFailed,
+    from_os_error,
+    is_out_of_memory,
+)
 from pipeline.events import EventLog, layer_timings, peak_rss_bytes, read_events
 from pipeline.journal import LOCK, Journal, discard, read_identity
-from pipeline.plan import Plan, check_disk, differences, make_plan, size_text
+from pipeline.plan import Plan, check_disk, differences, differing, make_plan, size_text
 from pipeline.report import calibration as calibration_report
 from pipeline.serving import profile
 from pipeline.serving.server import HOW_TO_GET, Server, Session, find
@@ -190,7 +199,7 @@ def _convert(
         report.checkpoint = Path(plan.recipe.output).name  # as it will be called
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
         if not report.passed:
-            raise PipelineError(
+            raise VerificationFailed(
                 "\n".join(
                     [
                         f"{partial}: the result fails verification and is not published; it stays here, with "
@@ -279,9 +288,11 @@ def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
         return False
     if found != plan.identity:
         changed = "\n".join(f"  {line}" for line in differences(found, plan.identity))
-        raise UsageError(
+        raise OtherRun(
             f"{output}: it is the result of another run, which differs in\n{changed}\n"
-            "choose another output, or replace it with --fresh"
+            "choose another output, or replace it with --fresh",
+            differing(found, plan.identity),
+            begun=False,
         )
     if lost := lost_shards(output, plan.shards):
         raise PipelineError(
@@ -302,7 +313,18 @@ def _work(doing: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except OSError as error:
-        raise PipelineError(explain_os_error(error, doing)) from None
+        raise from_os_error(error, doing) from None
+    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"memory ran out while {doing} ({_first_line(error)}); free some, or lower calibration.batch_tokens, "
+            "runtime.threads or runtime.device_memory"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # --- signals -----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from pipeline.calibration.machine import import_libraries
 from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
 from pipeline.checkpoint.source import SourceError, Tensor
 from pipeline.checkpoint.writer import ShardWriter
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import DeviceFault, Interrupted, OutOfMemory, PipelineError, is_device_fault, is_out_of_memory
 from pipeline.events import EventLog, peak_rss_bytes, reset_peak_rss
 from pipeline.journal import Digest, Journal, Saved
 from pipeline.plan import LayerUnit, Piece, Plan
@@ -252,14 +252,19 @@ class _Stream:
         with torch.no_grad():
             try:
                 ranges = self.backend.calibrate(layer, forward, lambda: run(len(calls) - 1))
-            except torch.OutOfMemoryError:
-                tokens = batches[largest].tokens
-                raise PipelineError(
-                    f"{unit.label}: the GPU's memory is too small for this layer and {tokens} tokens at once; free "
-                    "some, or use runtime.device: cpu"
-                ) from None
-            except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(
+                        f"{unit.label}: memory of {self.device.type} ran out with this layer and "
+                        f"{batches[largest].tokens} tokens at once; free some, lower calibration.batch_tokens, or use "
+                        "another runtime.device"
+                    ) from None
                 text = (str(error).strip().splitlines() or [""])[0][:200]
+                if is_device_fault(error):
+                    raise DeviceFault(
+                        f"{unit.label}: the GPU failed ({text}); look at its health (dmesg, nvidia-smi -q), then "
+                        "run the same command again to go on"
+                    ) from error
                 raise PipelineError(
                     f"{unit.label}: transformers cannot run this layer ({type(error).__name__}: {text}); does "
                     "config.json belong to these weights?"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import DiskFull, OutOfMemory, UsageError
 
 Place = Literal["device", "host", "file"]
 BF16 = 2
@@ -106,27 +106,43 @@ def choose_device(wanted: str, limit: int | None = None) -> Device:
     return Device("cpu", f"cpu {capability}", f"CPU with {capability} ({reason})", available_memory())
 
 
+CGROUP_MEMORY = (  # limit and use, in control groups of version 2 and 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
 def available_memory() -> int:
     """Bytes of host memory that can be had now, within a container's limit; a large number where nothing says."""
-    found = 1 << 62
+    return min(_meminfo("MemAvailable"), *(max(0, limit - used) for limit, used in _group_limits()))
+
+
+def total_memory() -> int:
+    """Bytes of host memory that this machine, or its container, has in all."""
+    return min(_meminfo("MemTotal"), *(limit for limit, _ in _group_limits()))
+
+
+def _meminfo(key: str) -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                found = int(line.split()[1]) * 1024
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
     except (OSError, ValueError):
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        root = Path("/sys/fs/cgroup")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1 << 62
+
+
+def _group_limits() -> list[tuple[int, int]]:
+    """Limit and use of the control group that this process sees as its root; one that limits nothing comes last."""
+    found, root = [], Path("/sys/fs/cgroup")
+    for limit, used in CGROUP_MEMORY:
         try:
             ceiling = (root / limit).read_text().strip()
             if ceiling != "max":
-                found = min(found, max(0, int(ceiling) - int((root / used).read_text())))
+                found.append((int(ceiling), int((root / used).read_text())))
         except (OSError, ValueError):
             continue
-    return found
+    return [*found, (1 << 62, 0)]
 
 
 def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple[Place, str]:
@@ -143,7 +159,8 @@ def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple
 
     Raises:
         UsageError: what is asked for does not exist, as ``device`` on a CPU.
-        PipelineError: not even one layer fits, or the disk is too small.
+        OutOfMemory: not even one layer fits.
+        DiskFull: the disk is too small for a file.
     """
     size = f"{needs.hidden / 1e6:,.0f} MB"
     if wanted == "device" and device.kind == "cpu":
@@ -152,7 +169,7 @@ def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple
     if device.kind == "cuda":
         room = int(device.free * SHARE) - DEVICE_BASE - needs.compute
         if room < 0:
-            raise PipelineError(
+            raise OutOfMemory(
                 f"{device.name}: a layer needs {(needs.compute + DEVICE_BASE) / 1e9:.1f} GB of device memory, "
                 f"{device.free / 1e9:.1f} GB are free; free some, or use runtime.device: cpu"
             )
@@ -166,7 +183,7 @@ def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple
         work = work.parent
     free = shutil.disk_usage(work).free
     if free < needs.hidden:
-        raise PipelineError(
+        raise DiskFull(
             f"{work}: {free / 1e9:.1f} GB free, {needs.hidden / 1e9:.1f} GB needed for hidden states; free some, set "
             "runtime.work_directory, or lower calibration.samples"
         )

@@ -33,6 +33,8 @@ MAX_SIDECAR_BYTES = 64 << 20
 class SourceError(PipelineError):
     """The checkpoint cannot be used as it is."""
 
+    kind = "source"
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:

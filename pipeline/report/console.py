@@ -170,9 +170,9 @@ class Console:
         """What a smoke test says: the checks, and what the whole run will take."""
         self.show_report(smoke.report)
         if (forecast := smoke.forecast) is not None:
-            parts = ", ".join(f"{name} {_time_text(seconds)}" for name, seconds in forecast.parts.items())
+            parts = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in forecast.parts.items())
             self.say(
-                f"forecast of the whole run, verification aside: about {_time_text(forecast.seconds)} ({parts}); "
+                f"forecast of the whole run, verification aside: about {time_text(forecast.seconds)} ({parts}); "
                 f"memory {size_text(forecast.memory[0])} here, at most {size_text(forecast.memory[1])}; disk "
                 f"{size_text(forecast.disk[0])}"
                 + (f" and {size_text(forecast.disk[1])} of hidden states meanwhile" if forecast.disk[1] else "")
@@ -242,7 +242,7 @@ class Console:
         self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
 
 
-def _time_text(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """Seconds, minutes or hours, as one would say them."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -1,0 +1,1 @@
+"""Batches: many conversions unattended, on one machine or on a Ray cluster, and one report of them."""

@@ -1,0 +1,151 @@
+"""What the command line's `batch` does, from its words to the exit status."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from pipeline.batch.executor import Executor, Local, describe_machine, visible_gpus
+from pipeline.batch.ledger import FILE, Ledger
+from pipeline.batch.manifest import collect
+from pipeline.batch.queue import Queue, Rules
+from pipeline.batch.watch import Watch, show_status
+from pipeline.errors import UsageError
+from pipeline.report.console import Console
+
+PARENT = Path("batch")  # of a batch's directory, where --directory names none
+UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line's options; see ``quantize batch --help``."""
+
+    directory: Path | None = None
+    until: str | None = None
+    budget: str | None = None
+    jobs: int | None = None
+    jobs_per_gpu: int = 1
+    disk_wait: str = "2h"
+    ray: str | None = None
+    on_finish: str | None = None
+    on_failure: str | None = None
+    dry_run: bool = False
+
+
+def run(arguments: Sequence[str], options: Options, console: Console) -> int:
+    """Run a batch; returns the exit status.
+
+    Raises:
+        UsageError: the command line or a manifest is wrong.
+        PipelineError: the batch runs already, or the cluster cannot be reached.
+    """
+    name, jobs = collect(arguments)
+    directory = (options.directory or PARENT / name).expanduser().absolute()
+    rules = Rules(end_of_window(options, time.time()), seconds(options.disk_wait, "--disk-wait"),
+                  options.on_failure, options.on_finish)  # fmt: skip
+    executor = choose_executor(options)
+    try:
+        ledger = Ledger.open(directory, jobs)
+        try:
+            words = command(arguments, options)
+            night = {
+                "command": shlex.join(words),
+                "resume_command": shlex.join(words),
+                "executor": executor.name,
+                "machine": describe_machine(visible_gpus()),
+            }
+            watch = Watch(console, night, executor.here)
+            queue = Queue(jobs, ledger, executor, rules, watch)
+            console.say(f"{len(jobs)} job(s) on {executor.name}; logs and report in {directory}")
+            if options.dry_run:
+                queue.plan()
+                return 1 if queue.counts()["refused"] else 0
+            ledger.begin(command=night["command"], executor=executor.name, until=rules.until)
+            try:
+                queue.plan()
+                watch.report(queue, None)
+                return queue.run()
+            finally:
+                watch.close()
+        finally:
+            ledger.close()
+    finally:
+        executor.close()
+
+
+def status(directory: Path | None, console: Console) -> None:
+    """Show a batch that runs, or ran; the latest where none is named."""
+    if directory is None:
+        found = sorted(PARENT.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UsageError(f"--status: there is no batch in {PARENT.absolute()}; name its directory")
+        directory = found[-1].parent
+    if not show_status(directory.absolute(), console):
+        raise UsageError(f"--status: {directory}: no batch was run here")
+
+
+def choose_executor(options: Options) -> Executor:
+    """Where the jobs will run."""
+    if options.ray is not None:
+        if options.jobs is not None:
+            raise UsageError("--jobs: Ray places jobs by its nodes' resources; leave it out with --ray")
+        from pipeline.batch.on_ray import RayCluster
+
+        return RayCluster(options.ray, options.jobs_per_gpu)
+    gpus = visible_gpus()
+    return Local(gpus, options.jobs_per_gpu, options.jobs or 1)
+
+
+def command(arguments: Sequence[str], options: Options) -> list[str]:
+    """The words of this command line again."""
+    words = ["quantize", "batch", *arguments]
+    for name, value in (
+        ("--directory", options.directory), ("--until", options.until), ("--budget", options.budget),
+        ("--jobs", options.jobs), ("--jobs-per-gpu", options.jobs_per_gpu if options.jobs_per_gpu != 1 else None),
+        ("--disk-wait", options.disk_wait if options.disk_wait != "2h" else None), ("--ray", options.ray),
+        ("--on-finish", options.on_finish), ("--on-failure", options.on_failure),
+    ):  # fmt: skip
+        if value is not None:
+            words += [name, str(value)]
+    return words
+
+
+def end_of_window(options: Options, now: float) -> float | None:
+    """When the window ends, in seconds since the epoch; None without one.
+
+    ``--until`` is a time of day, the next one to come, or a date and time (``2026-11-22T07:00``).
+    """
+    if options.until is not None and options.budget is not None:
+        raise UsageError("--until and --budget: both say when to stop; leave one out")
+    if options.budget is not None:
+        return now + seconds(options.budget, "--budget")
+    if options.until is None:
+        return None
+    here = datetime.fromtimestamp(now)
+    if match := re.fullmatch(r"(\d{1,2}):(\d{2})", options.until):
+        try:
+            end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+        except ValueError:
+            raise UsageError(f"--until: {options.until} is no time of day") from None
+        return (end if end > here else end + timedelta(days=1)).timestamp()
+    try:
+        end = datetime.fromisoformat(options.until)
+    except ValueError:
+        raise UsageError(f"--until: {options.until!r} is no time; write 07:00, or 2026-11-22T07:00") from None
+    if end.timestamp() <= now:
+        raise UsageError(f"--until: {options.until} is over")
+    return end.timestamp()
+
+
+def seconds(text: str, option: str) -> float:
+    """Seconds of ``9h``, ``90m``, ``1h30m`` or ``45s``."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|[smhd])", text)
+    if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(min|[smhd])\s*", "", text).strip():
+        raise UsageError(f"{option}: {text!r} is no length of time; write 9h, 90m or 1h30m")
+    return sum(float(number) * UNITS[unit] for number, unit in parts)

@@ -1,0 +1,111 @@
+"""How far a job is, read from its events.jsonl while it is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EVENTS = "quantize/events.jsonl"
+EARLY = 0.02  # of the work: what came before says little of the rate
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A moment of a job.
+
+    Attributes:
+        stage: starting, streaming, layers, verifying or publishing.
+        at: the layer or part it is at.
+        share: of the source's bytes that are through, 0 to 1.
+        rate: of them, bytes a second in this process.
+        left: seconds, by what it did so far; None too early to say.
+        device_bytes: of the GPU, at most so far.
+        rss: bytes, of the host.
+    """
+
+    stage: str = "starting"
+    at: str = ""
+    share: float = 0.0
+    rate: float = 0.0
+    left: float | None = None
+    device_bytes: int = 0
+    rss: int = 0
+
+
+@dataclass
+class Follower:
+    """Reads on in a job's record; cheap enough for every second.
+
+    Attributes:
+        output: where the result will be.
+        total: bytes of the source that go through.
+        since: seconds since the epoch: earlier events belong to earlier attempts.
+    """
+
+    output: Path
+    total: int
+    since: float
+    _offset: int = 0
+    _layers: dict[int, int] = field(default_factory=dict)
+    _pieces: int = 0
+    _before: int | None = None
+    _begun: float = 0.0
+    _stage: str = "starting"
+    _at: str = ""
+    _device: int = 0
+    _rss: int = 0
+
+    def now(self) -> Progress:
+        """What its record says by now."""
+        for event in self._read():
+            self._take(event)
+        done = min(self._pieces + sum(self._layers.values()), self.total)
+        share = done / self.total if self.total else 0.0
+        new = done - (self._before or 0)
+        seconds = max(time.time() - self._begun, 1e-3)
+        rate = new / seconds if self._begun and new > 0 else 0.0
+        left = (self.total - done) / rate if rate and new > EARLY * self.total else None
+        return Progress(self._stage, self._at, share, rate, left, self._device, self._rss)
+
+    def _read(self) -> list[dict[str, Any]]:
+        found = []
+        try:
+            path = Path(f"{self.output}.partial") / EVENTS
+            if not path.exists():
+                path = self.output / EVENTS
+            with path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def _take(self, event: dict[str, Any]) -> None:
+        current = event.get("time", 0.0) >= self.since
+        match event.get("event"):
+            case "run" if current:
+                self._stage, self._begun = "streaming", event["time"]
+                self._before = self._pieces + sum(self._layers.values())
+            case "piece":
+                self._pieces += event["bytes_read"]
+                self._at, self._rss = event["label"], max(self._rss, event["rss_bytes"])
+            case "imports" if current:
+                self._stage = "layers"
+            case "layer":
+                self._layers[event["index"]] = event["bytes_read"]
+                self._at, self._rss = event["label"], max(self._rss, event["rss_bytes"])
+                self._device = max(self._device, event.get("device_bytes", 0))
+            case "sealed" if current:
+                self._stage, self._at = "verifying", ""
+            case "verified" if current:
+                self._stage = "publishing"

@@ -1,0 +1,140 @@
+"""Twelve jobs overnight: on this machine, and on a Ray cluster of three nodes, with the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.events import read_events
+from tests import nights
+from tests.conftest import QUANTIZE, ROOT
+from tests.nights import BEST, Night
+
+pytestmark = pytest.mark.night
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, captions: Path, small_model: Callable[[str], Path]) -> Night:
+    """The twelve, ended on this machine: one job is killed, then the batch itself, and the same command goes on."""
+    if not (ROOT / ".venv-vllm" / "bin" / "python").exists():
+        pytest.skip("no .venv-vllm: bash scripts/setup_vllm.sh makes it")
+    night = nights.twelve(tmp_path_factory.mktemp("local"), captions, small_model)
+    hooks = (
+        "--on-failure",
+        f'echo "$JOB_NAME: $JOB_CLASS" >> {night.root}/failures',
+        "--on-finish",
+        f'echo "$BATCH_PUBLISHED of $BATCH_NAME, $BATCH_EXIT_STATUS" >> {night.root}/finished',
+    )
+    first = night.start(*hooks)
+    nights.kill_once(night, "killed", nights.sigkill)
+    nights.wait_for(lambda: len(night.runs("killed")) > 1, 120, "the killed job was not taken up again")
+    second = night.start(*hooks)
+    assert second.wait(60) == 1 and "running already" in night.said()
+    nights.wait_for(lambda: night.output("tied").with_name("tied.partial").exists(), 120, "tied did not begin")
+    first.kill()
+    first.wait()
+    nights.wait_for(lambda: not nights.job_processes(night.root), 60, "jobs outlive their batch")
+    shown = subprocess.run([*QUANTIZE, "batch", "--status", night.root / "night"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "not running: it was killed or stopped" in shown.stdout
+    last = night.start(*hooks)
+    assert last.wait(300) == 1, night.said()
+    return night
+
+
+def test_the_local_night(local: Night) -> None:
+    nights.check(local)
+    killed = local.jobs()["killed"]
+    assert any("SIGKILL" in note and "resumed where it stopped" in note for note in killed["notes"]), killed["notes"]
+    first, *_, last = local.runs("killed")
+    assert first["done"] == 0 and last["done"] >= 1, "what was finished was done again"
+    tied = local.jobs()["tied"]
+    assert "its batch was killed while it ran" in tied["notes"] and len(tied["attempts"]) == 2
+
+
+def test_finished_jobs_are_not_begun_again(local: Night) -> None:
+    """Each job was published by one attempt, whatever happened to the batch; the end is told once."""
+    events = [json.loads(line) for line in (local.root / "night" / "batch.jsonl").read_text().splitlines()]
+    published = [e["job"] for e in events if e["event"] == "status" and e["status"] == "published"]
+    assert sorted(published) == sorted(BEST)
+    assert [e["again"] for e in events if e["event"] == "batch"] == [False, True]
+    failures = (local.root / "failures").read_text().splitlines()
+    assert sorted(failures) == sorted(f"{name}: {kind}" for name, kind in nights.WORST.items())
+    assert (local.root / "finished").read_text() == "8 of night, 1\n"
+
+
+def test_the_next_night_begins_where_this_one_ended(local: Night) -> None:
+    """The ended batch, run again, does nothing over; the failed ones get a new chance, and the mended one is done."""
+    before = {name: local.result(name) for name in BEST}
+    times = {name: (local.output(name) / "config.json").stat().st_mtime_ns for name in BEST}
+    mended = local.start("serve={}")
+    assert mended.wait(300) == 1, local.said()
+    jobs = local.jobs()
+    assert jobs["refused-by-vllm"]["status"] == "published" and jobs["refused-by-vllm"]["verdict"]["proven_in_vllm"]
+    assert {name for name, job in jobs.items() if job["status"] == "published"} == BEST | {"refused-by-vllm"}
+    assert {name: (local.output(name) / "config.json").stat().st_mtime_ns for name in BEST} == times
+    assert {name: local.result(name) for name in BEST} == before
+
+
+def test_the_night_on_a_cluster(
+    local: Night, tmp_path: Path, captions: Path, small_model: Callable[[str], Path]
+) -> None:
+    """Three nodes; the one that is in the middle of a job is lost. Results are the local night's, byte for byte."""
+    from tests.ray_cluster import Cluster, skip_without_ray
+
+    skip_without_ray()
+    night = nights.twelve(tmp_path / "ray", captions, small_model)
+    with Cluster(tmp_path / "cluster", workers=2) as cluster:
+        process = night.start("--ray", cluster.address, env=cluster.environment)
+        lost: list[str] = []
+
+        def lose(pid: int) -> None:
+            node = next(node for node in cluster.nodes[1:] if pid in node.pids())
+            lost.append(node.name)
+            node.kill()
+
+        nights.kill_once(night, "killed", lose)
+        assert process.wait(400) == 1, night.said()
+        assert not nights.job_processes(night.root)
+    nights.check(night)
+    killed = night.jobs()["killed"]
+    assert len(lost) == 1 and any("was lost at" in note and "taken up at" in note for note in killed["notes"])
+    first, *_, last = night.runs("killed")
+    assert first["done"] == 0 and last["done"] >= 1, "what was finished was done again"
+    nodes = {attempt["node"] for job in night.jobs().values() for attempt in job["attempts"]}
+    assert len(nodes) == 2, "both workers had jobs"
+    for name in BEST:
+        assert night.result(name) == local.result(name), f"{name} differs"
+
+
+def test_a_cluster_is_left_in_order(tmp_path: Path, captions: Path, small_model: Callable[[str], Path]) -> None:
+    """A wrong token is refused; SIGTERM stops jobs at a unit's end with 75, and the same command goes on."""
+    from tests.ray_cluster import Cluster, skip_without_ray
+
+    skip_without_ray()
+    night = nights.twelve(tmp_path / "ray", captions, small_model)
+    for path in night.recipes.iterdir():
+        if path.stem not in ("killed", "plain2", "moe"):
+            path.unlink()
+    with Cluster(tmp_path / "cluster", workers=1) as cluster:
+        wrong = tmp_path / "wrong"
+        wrong.write_text("0" * 64)
+        stranger = night.start("--ray", cluster.address, env={**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+        assert stranger.wait(120) == 1
+        assert "no Ray cluster answers" in night.said() and "Traceback" not in night.said()
+        process = night.start("--ray", cluster.address, env=cluster.environment)
+        nights.kill_once(night, "killed", lambda pid: os.kill(process.pid, signal.SIGTERM))
+        assert process.wait(120) == 75, night.said()
+        assert not nights.job_processes(night.root)
+        jobs = night.jobs()
+        assert jobs["killed"]["status"] == "left" and jobs["killed"]["class"] == "interrupted"
+        events = list(read_events(Path(f"{night.output('killed')}.partial") / "quantize" / "events.jsonl"))
+        assert events[-1]["event"] == "interrupted", "it was not stopped cleanly"
+        again = night.start("--ray", cluster.address, env=cluster.environment)
+        assert again.wait(240) == 0, night.said()
+    assert len(night.runs("killed")) == 2 and night.runs("killed")[1]["done"] >= 1
