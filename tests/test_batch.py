@@ -130,8 +130,8 @@ def test_windows() -> None:
 FACTS = Facts(
     text="", source="s", revision=None, to_fetch=0, backend="modelopt", scheme="fp8", kv_cache="fp8",
     verify="structure", output="/o", source_bytes=10**9, output_bytes=6 * 10**8, peak_memory=10**9, disk=7 * 10**8,
-    read_bytes=2 * 10**8, layer_bytes=8 * 10**8, layers=10, tokens=10_000, batches=10, device="cpu", gpu=False, batch_tokens=4096, threads=2,
-    done=0.0, already=False, notes=(),
+    read_bytes=2 * 10**8, layer_bytes=8 * 10**8, layers=10, tokens=10_000, batches=10, device="cpu", gpu=False,
+    batch_tokens=4096, threads=2, done=0.0, already=False, notes=(),
 )  # fmt: skip
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import all_tensors, assert_one_clear_line, make_plain_checkpoint
+from tests.conftest import RECIPE, all_tensors, assert_one_clear_line, make_plain_checkpoint
 
 COMMIT = "5" * 40
 OTHER = "6" * 40
@@ -26,6 +30,7 @@ class Hub:
         self.revisions: dict[str, tuple[str, Path]] = {}  # branch or commit → (commit, directory)
         self.asked: list[tuple[str, str, str]] = []  # method, path, range
         self.gated = False
+        self.before_shards: Callable[[], None] = lambda: None  # what the download of a whole shard waits for
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -75,6 +80,10 @@ class Hub:
                     return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
                 file = directory / "/".join(rest[2:])
                 if not file.is_file():
+                    return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+                if self.command == "GET" and file.suffix == ".safetensors" and not self.headers.get("Range"):
+                    hub.before_shards()
+                if not file.is_file():  # by now
                     return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
                 body = file.read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit}
@@ -249,3 +258,57 @@ def test_a_smoke_test_fetches_only_the_shards_of_its_layers(
     assert {path.rpartition("/")[2] for path in whole} == {
         "model.safetensors.index.json", "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors",
     }  # fmt: skip
+
+
+def test_a_batch_downloads_while_it_converts(tmp_path: Path, quantize: Any, hub: Hub, online: dict[str, str]) -> None:
+    """One download for two jobs, which waits here until another job is published: that one did not wait for it."""
+    source = make_plain_checkpoint(tmp_path / "source", vocabulary=30_000, hidden=64)
+    hub.revisions = {"main": (COMMIT, source), COMMIT: (COMMIT, source)}
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name, wanted in (("first", NAME), ("second", NAME), ("here", str(make_plain_checkpoint(tmp_path / "small")))):
+        (recipes / f"{name}.yaml").write_text(RECIPE.format(source=wanted, output=tmp_path / "out" / name))
+    met = []
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / "here").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        met.append((tmp_path / "out" / "here").exists())
+
+    hub.before_shards = wait
+    done = quantize("batch", recipes, "--directory", tmp_path / "night", env=online)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert met == [True, True], "two shards, each once, after the local job"
+    assert "to download" in done.stdout
+    assert all_tensors(tmp_path / "out" / "first") == all_tensors(tmp_path / "out" / "second")
+    whole = [path for m, path, wanted in hub.asked if m == "GET" and path.endswith(".safetensors") and not wanted]
+    assert len(whole) == 2
+
+
+def test_a_download_that_fails_costs_its_jobs_alone(
+    tmp_path: Path, quantize: Any, hub: Hub, online: dict[str, str]
+) -> None:
+    """The hub answers for the plan, and no more when the shards are asked for."""
+    source = make_plain_checkpoint(tmp_path / "source", vocabulary=30_000, hidden=64)
+    hub.revisions = {"main": (COMMIT, source), COMMIT: (COMMIT, source)}
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name, wanted in (("lost", NAME), ("here", str(make_plain_checkpoint(tmp_path / "small")))):
+        (recipes / f"{name}.yaml").write_text(RECIPE.format(source=wanted, output=tmp_path / "out" / name))
+
+    def lose() -> None:
+        for path in source.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    hub.before_shards = lose
+    fast = "import pipeline.batch.fetch as f, sys; f.Fetcher.pause = 0.1; from pipeline.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", fast, "batch", recipes, "--directory", tmp_path / "night"],
+        capture_output=True, text=True, env={**os.environ, **online}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    jobs = {job["name"]: job for job in json.loads((tmp_path / "night" / "report.json").read_text())["jobs"]}
+    assert jobs["here"]["status"] == "published"
+    assert (jobs["lost"]["status"], jobs["lost"]["class"]) == ("failed", "source") and not jobs["lost"]["attempts"]
+    assert NAME in jobs["lost"]["reason"]

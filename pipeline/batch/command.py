@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
                 "command": shlex.join(words),
                 "resume_command": shlex.join(words),
                 "executor": executor.name,
-                "machine": describe_machine(visible_gpus()),
+                "machine": f"{describe_machine(visible_gpus())}; commands run in {Path.cwd()}",
             }
             watch = Watch(console, night, executor.here)
             queue = Queue(jobs, ledger, executor, rules, watch)

@@ -42,6 +42,7 @@ class Watch:
 
     def table(self, queue: Queue) -> None:
         """What each job needs, and what all of them need together."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title="jobs, the largest first", title_justify="left")
@@ -49,18 +50,19 @@ class Watch:
             right = name in ("size", "result", "memory", "disk", "forecast")
             table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
         for name, facts in sorted(queue.facts.items(), key=lambda entry: -entry[1].source_bytes):
+            seconds = "" if facts.already else time_text(queue.forecaster.seconds(facts))
             table.add_row(
-                name, facts.source, size_text(facts.source_bytes), size_text(facts.output_bytes),
-                size_text(facts.peak_memory), size_text(facts.disk), "yes" if facts.gpu else "no",
-                "" if facts.already else time_text(queue.forecaster.seconds(facts)), self._remark(queue, name, facts),
+                escape(name), escape(facts.source), size_text(facts.source_bytes), size_text(facts.output_bytes),
+                size_text(facts.peak_memory), size_text(facts.disk), "yes" if facts.gpu else "no", seconds,
+                escape(self._remark(queue, name, facts)),
             )  # fmt: skip
         self.console.rich.print(table)
         todo = [f for name, f in queue.facts.items() if queue.records[name].status == "waiting"]
-        seconds = sum(queue.forecaster.seconds(facts) for facts in todo)
+        together = sum(queue.forecaster.seconds(facts) for facts in todo)
         known = "" if queue.forecaster.informed else ", by a rough rule until the first job has ended"
         self.console.say(
             f"{len(todo)} to do, {len(queue.facts) - len(todo)} published already, "
-            f"{len(queue.records) - len(queue.facts)} refused; {time_text(seconds)} one after the other{known}"
+            f"{len(queue.records) - len(queue.facts)} refused; {time_text(together)} one after the other{known}"
         )
         for line in _disk_lines(todo) if queue.executor.here else ():
             self.console.say(line)
@@ -207,6 +209,7 @@ def _rows(queue: Queue, progress: Mapping[str, Progress]) -> list[dict[str, Any]
 
 def live_table(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> rich.table.Table:
     """The running jobs as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
     said = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
@@ -216,7 +219,7 @@ def live_table(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> rich.ta
         table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in rows:
         table.add_row(
-            row["name"], row["stage"], row["at"], f"{row['share']:.0%}",
+            escape(row["name"]), row["stage"], escape(row["at"]), f"{row['share']:.0%}",
             f"{size_text(row['rate'])}/s" if row["rate"] else "", time_text(row["seconds"]), time_text(row["left"]),
             size_text(row["device_bytes"]) if row["device_bytes"] else "", size_text(row["rss"]) if row["rss"] else "",
         )  # fmt: skip
