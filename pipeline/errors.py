@@ -80,15 +80,30 @@ class Busy(PipelineError):
     kind = "busy"
 
 
+OUT_OF_MEMORY = (  # as torch, CUDA and its libraries say it in a RuntimeError
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def is_device_fault(error: BaseException) -> bool:
     """Whether CUDA itself failed (an illegal access, a lost device), not what ran on it."""
-    return isinstance(error, RuntimeError) and ("CUDA error" in str(error) or "cuDNN error" in str(error))
+    return (
+        isinstance(error, RuntimeError)
+        and not is_out_of_memory(error)
+        and any(word in str(error) for word in ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS"))
+    )
 
 
 def from_os_error(error: OSError, doing: str) -> PipelineError:
     """What the system raised, as one of ours; see `explain_os_error`."""
     text = explain_os_error(error, doing)
-    return DiskFull(text) if error.errno in (errno.ENOSPC, errno.EDQUOT) else PipelineError(text)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(text)
+    return OutOfMemory(text) if error.errno == errno.ENOMEM else PipelineError(text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -96,9 +111,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     names = {kind.__name__ for kind in type(error).__mro__}
-    return "OutOfMemoryError" in names or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
-    )
+    if "OutOfMemoryError" in names:
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY)
 
 
 def explain_os_error(error: OSError, doing: str) -> str:

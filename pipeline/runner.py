@@ -335,11 +335,13 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self.forced = False
         self._deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if not self._deferred or self.requested.is_set():
+            self.forced = True
             raise KeyboardInterrupt
         self.requested.set()
 
@@ -366,6 +368,10 @@ def _stop_on_signals() -> Iterator[Stop]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except Exception:
+        if stop.forced:  # within an import, for instance, KeyboardInterrupt becomes an error of the library's
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -190,6 +190,30 @@ def test_what_another_node_began(executor: Executor, job: Callable[..., tuple[As
     assert ended.kind == "done" and any("started over" in note and "device" in note for note in ended.notes)
 
 
+def test_smaller_batches_start_over_once(executor: Executor, job: Callable[..., tuple[Asked, Facts, Path]]) -> None:
+    """After memory ran out: what was begun with larger batches goes; what the retry itself began goes on."""
+    asked, facts, place = job(slow=True)
+    executor.start(asked, facts, place)
+    os.kill(begun(executor, facts), signal.SIGKILL)
+    ending(executor)
+    again = replace(asked, overrides=("calibration.batch_tokens=64",),
+                    restarts=("calibration.batch_tokens", "calibration.batches"))  # fmt: skip
+    executor.start(again, facts, place)
+    journal = facts.partial / "quantize" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while b'"calibration.batch_tokens":64' not in (journal.read_bytes() if journal.exists() else b""):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(begun(executor, facts), signal.SIGKILL)
+    _, ended = ending(executor)
+    assert ended.kind == "killed"
+    executor.start(again, facts, place)
+    _, ended = ending(executor)
+    assert ended.kind == "done" and not ended.notes
+    runs = [e for e in read_events(Path(facts.output) / "quantize" / "events.jsonl") if e["event"] == "run"]
+    assert [run["done"] for run in runs] == [0, 1]
+
+
 def test_stopping(executor: Executor, job: Callable[..., tuple[Asked, Facts, Path]]) -> None:
     """Comes last: a cluster's executor that was stopped stays so."""
     asked, facts, place = job(slow=True)

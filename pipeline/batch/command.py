@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from pipeline.batch.executor import Executor, Local, describe_machine, visible_gpus
 from pipeline.batch.ledger import FILE, Ledger
-from pipeline.batch.manifest import collect
+from pipeline.batch.manifest import Job, collect
 from pipeline.batch.queue import Queue, Rules
 from pipeline.batch.watch import Watch, show_status
 from pipeline.errors import UsageError
 from pipeline.report.console import Console
 
 PARENT = Path("batch")  # of a batch's directory, where --directory names none
+TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})")
 UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -49,24 +53,24 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
     directory = (options.directory or PARENT / name).expanduser().absolute()
     rules = Rules(end_of_window(options, time.time()), seconds(options.disk_wait, "--disk-wait"),
                   options.on_failure, options.on_finish)  # fmt: skip
+    if options.dry_run:
+        return _dry_run(jobs, directory, options, console)
     executor = choose_executor(options)
     try:
         ledger = Ledger.open(directory, jobs)
         try:
-            words = command(arguments, options)
+            words = shlex.join(command(arguments, options))
+            again = replace(options, until=options.until if TIME_OF_DAY.fullmatch(options.until or "") else None)
             night = {
-                "command": shlex.join(words),
-                "resume_command": shlex.join(words),
+                "command": words,
+                "resume_command": shlex.join(command(arguments, again)),
                 "executor": executor.name,
                 "machine": f"{describe_machine(visible_gpus())}; commands run in {Path.cwd()}",
             }
             watch = Watch(console, night, executor.here)
             queue = Queue(jobs, ledger, executor, rules, watch)
             console.say(f"{len(jobs)} job(s) on {executor.name}; logs and report in {directory}")
-            if options.dry_run:
-                queue.plan()
-                return 1 if queue.counts()["refused"] else 0
-            ledger.begin(command=night["command"], executor=executor.name, until=rules.until)
+            ledger.begin(command=words, executor=executor.name, until=rules.until, pid=os.getpid())
             try:
                 queue.plan()
                 watch.report(queue, None)
@@ -75,6 +79,22 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
                 watch.close()
         finally:
             ledger.close()
+    finally:
+        executor.close()
+
+
+def _dry_run(jobs: list[Job], directory: Path, options: Options, console: Console) -> int:
+    """The table and the refusals, on a copy of what the batch remembers: nothing is written, nobody is called."""
+    executor = choose_executor(options)
+    try:
+        with tempfile.TemporaryDirectory(prefix="batch-") as place:
+            if (directory / FILE).exists():
+                shutil.copyfile(directory / FILE, Path(place) / FILE)
+            ledger = Ledger.open(Path(place), jobs)
+            queue = Queue(jobs, ledger, executor, Rules(), Watch(console, {}, executor.here))
+            queue.plan()
+            ledger.close()
+            return 1 if queue.counts()["refused"] else 0
     finally:
         executor.close()
 
@@ -128,7 +148,7 @@ def end_of_window(options: Options, now: float) -> float | None:
     if options.until is None:
         return None
     here = datetime.fromtimestamp(now)
-    if match := re.fullmatch(r"(\d{1,2}):(\d{2})", options.until):
+    if match := TIME_OF_DAY.fullmatch(options.until):
         try:
             end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
         except ValueError:

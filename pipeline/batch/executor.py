@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +26,7 @@ from pipeline.events import read_events
 from pipeline.plan import written_already
 
 MEMORY_SHARE = 0.95  # of what is free: the rest is for the system and for the batch itself
+OOM_SECONDS = 10.0  # between the kernel's count and the end of the process that it killed
 DISK_RESERVE = 256 << 20  # bytes that stay free on every drive
 
 
@@ -31,6 +35,10 @@ class Executor(Protocol):
 
     name: str
     here: bool  # jobs run on this machine: its drives and memory decide what may start
+
+    @property
+    def gpu(self) -> bool:
+        """Whether jobs that want a GPU find one."""
 
     def refuses(self, facts: Facts) -> str | None:
         """Why a job can never run here; None: it can."""
@@ -51,7 +59,7 @@ class Executor(Protocol):
         """How many have been started and have not ended."""
 
     def stop(self) -> None:
-        """Ask all jobs to stop at their unit's end."""
+        """Ask all jobs to stop at their unit's end; each is asked once, since a second signal would cut the unit."""
 
     def close(self) -> None:
         """End what is left, at once."""
@@ -63,8 +71,8 @@ class _Running:
     facts: Facts
     place: Path
     gpu: str | None
-    kills_before: int
     follower: Follower
+    stopped: bool = False
 
 
 @dataclass
@@ -75,6 +83,7 @@ class Local:
         gpus: what CUDA_VISIBLE_DEVICES would call them.
         per_gpu: jobs at once on each; they share its memory evenly.
         others: jobs at once that need no GPU, or find none.
+        downloading: where a download goes, and the bytes that are missing.
     """
 
     gpus: Sequence[str] = ()
@@ -82,7 +91,15 @@ class Local:
     others: int = 1
     name: str = "this machine"
     here: bool = True
+    downloading: tuple[Path, int] | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
+    _kills: int = field(default_factory=oom_kills)
+    _killed_at: float = -math.inf
+
+    @property
+    def gpu(self) -> bool:
+        """See `Executor`."""
+        return bool(self.gpus)
 
     def refuses(self, facts: Facts) -> str | None:
         """See `Executor`; plans that are made here have been held against this machine already."""
@@ -110,13 +127,27 @@ class Local:
             return min(free, key=taken.count) if free else None
         return "" if taken.count("") < self.others else None
 
-    @staticmethod
-    def _room(facts: Facts, others: Iterable[Facts]) -> bool:
-        """Whether the output's drive holds this job beside what the running ones have yet to write there."""
-        drive = _drive(Path(facts.output))
-        promised = sum(_to_write(other) for other in others if _drive(Path(other.output)) == drive)
-        free = shutil.disk_usage(_existing(Path(facts.output))).free
-        return _to_write(facts) + promised + DISK_RESERVE <= free
+    def _room(self, facts: Facts, others: Iterable[Facts]) -> bool:
+        """Whether each drive holds this job beside what running ones, and a download, have yet to write there."""
+        promised: Counter[int] = Counter()
+        for path, nbytes in [claim for other in others for claim in _claims(other)]:
+            promised[_drive(path)] += nbytes
+        if self.downloading is not None:
+            promised[_drive(self.downloading[0])] += self.downloading[1]
+        own: Counter[int] = Counter()
+        for path, nbytes in _claims(facts):
+            own[_drive(path)] += nbytes
+        return all(
+            own[_drive(path)] + promised[_drive(path)] + DISK_RESERVE <= shutil.disk_usage(_existing(path)).free
+            for path, _ in _claims(facts)
+        )
+
+    def has_room(self, place: Path, nbytes: int) -> bool:
+        """Whether a download of so many bytes fits beside what running jobs have yet to write to its drive."""
+        drive = _drive(place)
+        claims = [claim for entry in self._running.values() for claim in _claims(entry.facts)]
+        promised = sum(size for path, size in claims if _drive(path) == drive)
+        return nbytes + promised + DISK_RESERVE <= shutil.disk_usage(_existing(place)).free
 
     def start(self, asked: Asked, facts: Facts, place: Path) -> None:
         """See `Executor`."""
@@ -127,23 +158,26 @@ class Local:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         asked = share_gpu(asked, self.per_gpu) if gpu else asked
         command = ask(asked, place, os.getpid())
-        kills = oom_kills()
         with (place / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         follower = Follower(Path(facts.output), facts.read_bytes + facts.layer_bytes, time.time())
-        self._running[asked.job] = _Running(process, facts, place, gpu, kills, follower)
+        self._running[asked.job] = _Running(process, facts, place, gpu, follower)
 
     def ended(self) -> list[tuple[str, Ending]]:
         """See `Executor`."""
         found = []
+        if (kills := oom_kills()) > self._kills:
+            self._kills, self._killed_at = kills, time.monotonic()
         for name, entry in list(self._running.items()):
             if (status := entry.process.poll()) is None:
                 continue
             del self._running[name]
-            ending = how_ended(status, entry.place, oom_kills() > entry.kills_before)
-            timed(ending, entry.facts, entry.follower.since)
+            ending = how_ended(status, entry.place, time.monotonic() - self._killed_at < OOM_SECONDS)
+            if ending.kind == "out of memory":
+                self._killed_at = -math.inf  # it is accounted for
+            timed(ending, entry.facts, entry.follower)
             found.append((name, ending))
         return found
 
@@ -158,8 +192,9 @@ class Local:
     def stop(self) -> None:
         """See `Executor`."""
         for entry in self._running.values():
-            if entry.process.poll() is None:
+            if entry.process.poll() is None and not entry.stopped:
                 entry.process.send_signal(signal.SIGTERM)
+                entry.stopped = True
 
     def close(self) -> None:
         """See `Executor`."""
@@ -182,26 +217,33 @@ def how_ended(status: int, place: Path, out_of_memory: bool) -> Ending:
         return ending
     if status == -signal.SIGKILL and out_of_memory:
         return Ending("out of memory", status, "the kernel ended it for want of memory (SIGKILL)")
+    if status == errno.ENOSPC:
+        return Ending("disk", status, "the disk is full, and so is the one of its log; free some space")
     if status < 0:
         return Ending("killed", status, f"its process was ended by {signal_name(status)}")
     return Ending("crashed", status, f"its process ended with status {status} and without a word")
 
 
-def timed(ending: Ending, facts: Facts, began: float) -> None:
+def timed(ending: Ending, facts: Facts, follower: Follower) -> None:
     """Put a run's times into its ending, on the machine that it ran on, just after its end."""
-    ending.began = began
+    ending.began, ending.share = follower.since, follower.now().share
     if ending.kind == "done" and not ending.already:
         try:
-            ending.parts = measured(read_events(Path(facts.output) / EVENTS), began, time.time())
+            ending.parts = measured(read_events(Path(facts.output) / EVENTS), follower.since, time.time())
         except (OSError, KeyError):
             ending.parts = None
 
 
 def share_gpu(asked: Asked, jobs: int) -> Asked:
-    """A job that shares its GPU with others takes its part of the memory; the recipe's own limit would win."""
+    """A job that shares its GPU with others takes its part of the memory, or the recipe's own limit if that is less."""
+    from pipeline import recipe as recipes
+
     if jobs <= 1 or not (part := gpu_memory() // jobs):
         return asked
-    return replace(asked, overrides=(f"runtime.device_memory={part // 10**6}MB", *asked.overrides))
+    own = recipes.parse(asked.text, asked.job, asked.overrides).runtime.device_memory
+    if own is not None and recipes.parse_size(own) <= part:
+        return asked
+    return replace(asked, overrides=(*asked.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
 
 def visible_gpus() -> list[str]:
@@ -235,8 +277,10 @@ def describe_machine(gpus: Sequence[str]) -> str:
     return f"{socket.gethostname()}: {cores} cores, {total_memory() / 2**30:.0f} GiB, {kind}"
 
 
-def _to_write(facts: Facts) -> int:
-    return max(0, facts.disk - written_already(facts.partial))
+def _claims(facts: Facts) -> list[tuple[Path, int]]:
+    """Where a job has yet to write, and how many bytes."""
+    found = [(Path(facts.output), max(0, facts.disk - written_already(facts.partial)))]
+    return [*found, (Path(facts.work), facts.scratch)] if facts.work is not None else found
 
 
 def _existing(path: Path) -> Path:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,12 +31,15 @@ class State:
     Attributes:
         done: it is in the cache.
         error: why it never will be, in this night.
+        kind: the class of that failure.
     """
 
     done: bool = False
     error: str | None = None
+    kind: str = "source"
     attempts: int = 0
     not_before: float = 0.0
+    short_since: float | None = None
 
 
 @dataclass
@@ -44,10 +47,12 @@ class Fetcher:
     """One download at a time, in the order in which jobs will want their sources."""
 
     directory: Path
+    has_room: Callable[[Path, int], bool]
     pause: float = PAUSE
     _states: dict[tuple[str, str | None], State] = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = None
     _at: tuple[str, str | None] | None = None
+    _claim: tuple[Path, int] | None = None
 
     def __enter__(self) -> Fetcher:
         return self
@@ -57,26 +62,49 @@ class Fetcher:
     ) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def state(self, facts: Facts) -> State:
         """Of a job's source."""
         return self._states.setdefault((facts.source, facts.revision), State())
 
-    def wants(self, waiting: Sequence[Facts]) -> None:
-        """Go on with the downloads; `waiting` jobs in their order. Does not wait."""
+    def wants(self, waiting: Sequence[Facts], disk_wait: float) -> None:
+        """Go on with the downloads. Does not wait.
+
+        Args:
+            waiting: jobs in their order.
+            disk_wait: seconds that a download waits for space in the cache.
+        """
         if self._process is not None:
             if self._process.poll() is None:
                 return
             self._take(self._process.returncode)
         for facts in waiting:
             state = self.state(facts)
-            if facts.to_fetch and not state.done and state.error is None and time.monotonic() >= state.not_before:
-                self._begin(facts)
-                return
+            if not facts.to_fetch or state.done or state.error is not None or time.monotonic() < state.not_before:
+                continue
+            if not self.has_room(cache(), facts.to_fetch):
+                state.short_since = state.short_since or time.monotonic()
+                if time.monotonic() - state.short_since >= disk_wait:
+                    state.kind = "disk"
+                    state.error = (
+                        f"{cache()}: too little space for the download of {facts.source}, {facts.to_fetch / 1e9:.2f} GB"
+                    )
+                continue
+            state.short_since = None
+            self._begin(facts)
+            return
+
+    def claim(self) -> tuple[Path, int] | None:
+        """Where a download goes, and how many bytes it will have there; None while there is none."""
+        return self._claim if self._process is not None else None
 
     def _begin(self, facts: Facts) -> None:
-        self._at = facts.source, facts.revision
+        self._at, self._claim = (facts.source, facts.revision), (cache(), facts.to_fetch)
         asked = self.directory / "fetch.json"
         asked.write_text(json.dumps({"parent": os.getpid(), "source": facts.source, "revision": facts.revision}))
         with (self.directory / "fetch.log").open("ab") as log:
@@ -99,12 +127,19 @@ class Fetcher:
         state.not_before = time.monotonic() + self.pause
 
 
+def cache() -> Path:
+    """Where huggingface_hub puts what it fetches."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
 def main(path: str) -> int:
     """Bring a checkpoint into the cache."""
     from pipeline.checkpoint import hub
 
     asked = json.loads(Path(path).read_text(encoding="utf-8"))
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))  # its threads would be waited for else
     die_with_parent(asked["parent"])
     try:
         hub.resolve(asked["source"], asked["revision"])

@@ -17,7 +17,8 @@ from pipeline.batch.planning import Facts
 
 # The rough rule, of a machine with an NVMe drive and 2 cores or one GPU; a job's own figures replace it.
 STARTING = {False: 1.0, True: 6.0}  # seconds: a data-free job imports no torch
-IMPORTS = {"modelopt": 5.0, "llmcompressor": 2.0}
+IMPORTS = {"modelopt": 5.0, "llmcompressor": 0.2}
+OBSERVED = {"modelopt": 1.0, "llmcompressor": 0.6}  # a forward with ranges of every linear, or of caches alone
 STREAM = 500e6  # bytes a second
 LAYERS = {"cpu": 300e6, "cuda": 1e9}
 FORWARDS = {"cpu": 1.5e11, "cuda": 1e14}  # floating-point operations a second
@@ -42,7 +43,7 @@ def rule(facts: Facts) -> dict[str, float]:
         parts["imports"] = IMPORTS[facts.backend]
         parts["weights"] = facts.layer_bytes / LAYERS[facts.device] * left
         parts["forwards"] = flops / FORWARDS[facts.device] + facts.batches * facts.layers * BATCH[facts.device]
-        parts["forwards"] *= left
+        parts["forwards"] *= left * OBSERVED[facts.backend]
     return parts
 
 

@@ -8,7 +8,9 @@ as an `Ending`; a process that ends without was killed, and nothing is lost but 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import socket
 import sys
@@ -37,7 +39,7 @@ class Asked:
         job: its name in the batch.
         text: the recipe, as `recipe_yaml` wrote it.
         overrides: on top, e.g. those of a retry.
-        fresh: throw away what an attempt of another identity left.
+        restarts: fields of an identity; what another run began that differs in these alone is thrown away.
         until: seconds since the epoch after which it stops at its unit's end; None: no limit.
         forecast: seconds that it is thought to take; it does not start if they end after `until`.
         lock_wait: seconds to wait for another process on the same output, as one that a lost batch left behind.
@@ -47,7 +49,7 @@ class Asked:
     job: str
     text: str
     overrides: tuple[str, ...] = ()
-    fresh: bool = False
+    restarts: tuple[str, ...] = ()
     until: float | None = None
     forecast: float = 0.0
     lock_wait: float = 120.0
@@ -72,6 +74,8 @@ class Ending:
         log: of a machine whose files the batch cannot read, what the job said.
         began: when its process started, seconds since the epoch.
         parts: seconds of each part of a whole run; see `forecast.measured`.
+        share: of the source's bytes that were through by then.
+        shared: the batch can read the files of the machine that it ran on.
     """
 
     kind: str
@@ -86,6 +90,8 @@ class Ending:
     log: str = ""
     began: float | None = None
     parts: dict[str, float] | None = None
+    share: float = 0.0
+    shared: bool = True
 
     @classmethod
     def read(cls, path: Path) -> Ending | None:
@@ -121,43 +127,58 @@ def ending_path(place: Path) -> Path:
 
 def main(path: str) -> int:
     """Run a job and write its ending; returns the exit status."""
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        signals.append(number)
+        raise KeyboardInterrupt
+
     for number in (signal.SIGTERM, signal.SIGINT):  # before and after the run's own handlers
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     place = Path(path).parent
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     parent = data.pop("parent")
+    lists = {key: tuple(data[key]) for key in ("overrides", "restarts")}
     try:
         die_with_parent(parent)
-        ending = _run(Asked(**{**data, "overrides": tuple(data["overrides"])}))
+        ending = _run(Asked(**{**data, **lists}))
     except KeyboardInterrupt:
         ending = Ending("interrupted", 75, "stopped; what is finished is kept")
-    except PipelineError as error:
-        ending = Ending(error.kind, error.exit_status, str(error))
-    except OSError as raised:
-        failed = from_os_error(raised, "this job")
-        ending = Ending(failed.kind, failed.exit_status, str(failed))
-    except Exception as error:  # a bug, or a fault of a device: the log has the whole of it
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        kind = "out of memory" if is_out_of_memory(error) else "crashed"
-        ending = Ending(kind, 1, f"{type(error).__name__}: {lines[0][:300]}")
+    except Exception as error:
+        ending = _failed(error)
+        if signals:  # within an import, for instance, KeyboardInterrupt becomes an error of the library's
+            ending = Ending("interrupted", 75, "stopped; what is finished is kept")
+    return _tell(ending, place)
+
+
+def _failed(error: Exception) -> Ending:
+    if isinstance(error, PipelineError):
+        return Ending(error.kind, error.exit_status, str(error))
+    if isinstance(error, OSError):
+        failed = from_os_error(error, "this job")
+        return Ending(failed.kind, failed.exit_status, str(failed))
+    traceback.print_exc()  # a bug, or a fault of a device: the log has the whole of it
+    lines = str(error).strip().splitlines() or [""]
+    kind = "out of memory" if is_out_of_memory(error) else "crashed"
+    return Ending(kind, 1, f"{type(error).__name__}: {lines[0][:300]}")
+
+
+def _tell(ending: Ending, place: Path) -> int:
+    """Say and write how it ended; returns the exit status, which alone must do where the drive is full."""
     from pipeline.events import peak_rss_bytes
 
     ending.peak_rss = peak_rss_bytes()
-    if ending.reason:
-        print(ending.reason if ending.exit_status == 75 else f"error: {ending.reason}", flush=True)
-    _write(ending_path(place), ending)
+    try:
+        if ending.reason:
+            print(ending.reason if ending.exit_status == 75 else f"error: {ending.reason}", flush=True)
+        path = ending_path(place)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(ending)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is in the buffer shall not raise again at the end
+        return errno.ENOSPC if ending.kind == "disk" else ending.exit_status or 0
     return ending.exit_status or 0
-
-
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _write(path: Path, ending: Ending) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(ending)), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _run(asked: Asked) -> Ending:
@@ -178,7 +199,7 @@ def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Repo
     from pipeline.report.console import Console
 
     console = Console()
-    fresh, deadline = asked.fresh, time.monotonic() + asked.lock_wait
+    fresh, deadline = False, time.monotonic() + asked.lock_wait
     while True:
         try:
             outcome = runner.run(recipe, console, fresh)
@@ -187,17 +208,21 @@ def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Repo
                 raise
             time.sleep(BUSY_POLL)
         except OtherRun as error:
-            if not asked.cluster or fresh or not error.fields <= MACHINE_FIELDS:
-                raise
-            differ = f"the {' and '.join(sorted(error.fields))} of another node"
-            if not error.begun:
-                notes.append(f"it was published with {differ}")
+            machine = MACHINE_FIELDS if asked.cluster else frozenset()
+            if not error.begun and error.fields <= machine:
+                notes.append(f"it was published with {_names(error.fields)} of another node")
                 return runner.places(recipe)[0], None
-            fresh = True  # what was begun there cannot go on here: this processor rounds otherwise
-            notes.append(f"started over: what was begun with {differ} cannot go on here")
+            if fresh or not error.begun or not error.fields <= machine | set(asked.restarts):
+                raise
+            fresh = True  # what was begun with other batches, or where a processor rounds otherwise, cannot go on here
+            notes.append(f"started over: what was begun differs in {_names(error.fields)}")
         else:
             console.show_outcome(outcome)
             return outcome.output, outcome.report
+
+
+def _names(fields: frozenset[str]) -> str:
+    return " and ".join(sorted(fields))
 
 
 def _verdict_before(output: Path) -> dict[str, Any] | None:

@@ -1,11 +1,13 @@
 """What a batch remembers: DIRECTORY/batch.jsonl, one line an event, appended and flushed; and its lock.
 
 Folding the lines gives the state of every job, so a batch that is killed goes on with the same command. Until a batch
-has ended, a job that failed for good stays failed; the next night every job that is not published has a new chance.
+has ended, a result that failed verification stays failed, unless its recipe was mended; the next night every job that
+is not published has a new chance.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +22,7 @@ from pipeline.batch.manifest import Job
 from pipeline.errors import PipelineError
 
 FILE = "batch.jsonl"
+KEPT = ("published", "failed")  # of a night that goes on; all else is planned again
 Status = Literal["waiting", "running", "published", "failed", "refused", "left"]
 
 
@@ -32,7 +35,6 @@ class Attempt:
         forecast: seconds that it was thought to take.
         informed: the forecast knew a finished job of this machine.
         changed: overrides of a retry.
-        whole: it began at the beginning, not where another stopped.
         ended: seconds since the epoch; None while it runs, or if its batch was killed.
         ending: how.
     """
@@ -41,7 +43,6 @@ class Attempt:
     forecast: float
     informed: bool
     changed: tuple[str, ...]
-    whole: bool
     ended: float | None = None
     ending: Ending | None = None
 
@@ -72,9 +73,15 @@ class Record:
     tonight: int = 0
     text: str = ""
 
-    def count(self, kind: str) -> int:
-        """How many attempts of this night ended so."""
-        return sum(a.ending is not None and a.ending.kind == kind for a in self.attempts[self.tonight :])
+    def count(self, *kinds: str | None) -> int:
+        """How many attempts of this night ended so; None: with their batch, without an ending."""
+        return sum((a.ending.kind if a.ending else None) in kinds for a in self.attempts[self.tonight :])
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last attempt did all of the work: the times of a resumed one say little."""
+        last = self.attempts[-1].ending if self.attempts else None
+        return last is not None and last.parts is not None
 
 
 class Ledger:
@@ -85,6 +92,7 @@ class Ledger:
         self.records: dict[str, Record] = {}
         self.began: float | None = None
         self._file = file
+        self._unwritten = b""
 
     @classmethod
     def open(cls, directory: Path, jobs: Sequence[Job]) -> Ledger:
@@ -93,7 +101,7 @@ class Ledger:
         Raises:
             PipelineError: another process runs this batch, or the directory is something else.
         """
-        if directory.exists() and any(directory.iterdir()) and not (directory / FILE).exists():
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / FILE).exists():
             raise PipelineError(f"{directory}: it is no batch's directory; choose another with --directory")
         directory.mkdir(parents=True, exist_ok=True)
         file = os.open(directory / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -121,31 +129,42 @@ class Ledger:
         for job in jobs:
             record = night.records.get(job.name) or Record(job)
             record.job = job
-            text = job_text(job)
-            if record.status == "running":
-                record.notes.append("its batch was killed while it ran")
-            final = ("published",) if over else ("published", "failed", "refused")
-            if record.status not in final or record.text != text:
-                record.status, record.kind, record.reason = "waiting", None, None
             if over:
                 record.tonight, record.notes = len(record.attempts), []
+            if (text := job_text(job)) != record.text and record.text:  # a mended recipe is another job
+                record.status, record.kind, record.reason, record.changed = "waiting", None, None, ()
+            if record.status not in KEPT or (over and record.status != "published"):
+                record.status, record.kind, record.reason = "waiting", None, None
             record.text = text
             self.records[job.name] = record
         self.began = None if over else night.began
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event."""
+        """Append one event; where the drive is full it waits in memory for the next one."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, separators=(",", ":"))
-        data = line.encode() + b"\n"
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        self._unwritten += line.encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            os.fsync(self._file)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def note(self, name: str, text: str) -> None:
+        """Something that the report shall say of a job."""
+        self.records[name].notes.append(text)
+        self.write("note", job=name, note=text)
 
     def begin(self, **fields: Any) -> None:
         """A process takes the batch up, for the first time or again."""
         again = self.began is not None
         self.began = self.began or time.time()
-        self.write("batch", again=again, **fields)
+        self.write("batch", again=again, jobs=list(self.records), **fields)
+        for name, record in self.records.items():
+            last = record.attempts[-1:] if len(record.attempts) > record.tonight else []
+            if last and last[0].ended is None and record.status == "waiting":
+                self.note(name, "its batch was killed while it ran")
 
     def start(self, name: str, attempt: Attempt) -> None:
         """An attempt starts."""
@@ -153,9 +172,7 @@ class Ledger:
         record.attempts.append(attempt)
         record.status = "running"
         fields = asdict(attempt)
-        self.write(
-            "start", job=name, **{key: fields[key] for key in ("began", "forecast", "informed", "changed", "whole")}
-        )
+        self.write("start", job=name, **{key: fields[key] for key in ("began", "forecast", "informed", "changed")})
 
     def end(self, name: str, ending: Ending) -> None:
         """The attempt under way has ended."""
@@ -222,6 +239,8 @@ def fold(path: Path) -> Night:
                 for record in night.records.values():
                     record.tonight, record.notes = len(record.attempts), []
             night.ended, night.batch = None, entry
+            for name in entry.get("jobs", ()):
+                night.records.setdefault(name, Record(Job(name, Path(), ())))
         elif event == "ended":
             night.ended = entry["time"]
         elif "job" in entry:
@@ -236,7 +255,7 @@ def _take(record: Record, entry: dict[str, Any]) -> None:
         case "start":
             record.status = "running"
             record.attempts.append(
-                Attempt(entry["began"], entry["forecast"], entry["informed"], tuple(entry["changed"]), entry["whole"])
+                Attempt(entry["began"], entry["forecast"], entry["informed"], tuple(entry["changed"]))
             )
         case "end":
             record.attempts[-1].ended = entry["ended"]
@@ -247,6 +266,8 @@ def _take(record: Record, entry: dict[str, Any]) -> None:
             record.changed, record.text = tuple(entry["changed"]), entry["text"]
             if entry["note"] is not None:
                 record.notes.append(entry["note"])
+        case "note":
+            record.notes.append(entry["note"])
 
 
 def job_text(job: Job) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.batch.ledger import Attempt, Record
 from pipeline.batch.planning import Facts
 from pipeline.events import read_events
+from pipeline.journal import read_identity
 
 LAST_LINES = 15
 REMEDY = {
@@ -73,7 +74,7 @@ def _job(directory: Path, record: Record, facts: Facts | None) -> dict[str, Any]
     output = Path(facts.output) if facts else None
     failed = record.status in ("failed", "refused")
     place = directory / "jobs" / record.job.name
-    verdict = ending.verdict if ending else None
+    verdict = ending.verdict if ending and (attempts or record.status == "published") else None
     return {
         "name": record.job.name,
         "recipe": str(record.job.recipe),
@@ -100,9 +101,22 @@ def _job(directory: Path, record: Record, facts: Facts | None) -> dict[str, Any]
         "verdict": _verdict(verdict) if verdict else None,
         "quality": ending.quality if ending else {},
         "files": _files(directory, place, output, facts),
-        "last_lines": _last_lines(place / "log.txt") if failed else [],
-        "resume": shlex.join([*record.job.command, *record.changed]) if record.status != "published" else None,
+        "last_lines": _last_lines(place / "log.txt") if failed and attempts else [],
+        "resume": _resume(record, facts) if record.status != "published" else None,
     }
+
+
+def _resume(record: Record, facts: Facts | None) -> str:
+    """The command that goes on; what another identity began it must be allowed to throw away."""
+    words = [*record.job.command, *record.changed]
+    if record.changed and facts is not None and facts.batch_tokens:
+        begun = read_identity(facts.partial)
+        if (
+            begun is not None
+            and f"calibration.batch_tokens={begun.get('calibration.batch_tokens')}" not in record.changed
+        ):
+            words.append("--fresh")
+    return shlex.join(words)
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:

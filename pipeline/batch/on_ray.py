@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,7 +25,6 @@ from typing import Any
 
 from pipeline.batch.executor import how_ended, share_gpu, timed
 from pipeline.batch.job import Asked, Ending, ask
-from pipeline.batch.ledger import FILE
 from pipeline.batch.planning import Facts
 from pipeline.batch.processes import oom_kills
 from pipeline.batch.progress import Follower, Progress
@@ -36,7 +36,7 @@ RETRIES = 5  # nodes that a job may lose in one attempt
 TELL = 1.0  # seconds between two words to the board
 LOST = 15.0  # seconds after which a node that the cluster has given up takes its job with it
 LOG_BYTES = 256 << 10  # of a log that are brought home from a node without shared storage
-STOP_SECONDS = 600.0  # for a unit's end
+MARK = "mark"
 SETTINGS = {  # of Ray, for this driver
     "RAY_task_oom_retries": "0",  # what its memory monitor ends comes back to the queue; Ray would retry it for ever
     "RAY_grpc_client_keepalive_time_ms": "5000",  # a node that is cut off is noticed, not waited for
@@ -45,7 +45,7 @@ SETTINGS = {  # of Ray, for this driver
 
 
 class Board:
-    """What the tasks say, and whether they shall stop; an actor."""
+    """What the tasks say, and whether they shall stop; an actor. One that Ray had to start anew knows nothing."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -58,9 +58,11 @@ class Board:
             known = self.jobs[job] = {"submitted": submitted, "nodes": [], "progress": None}
         known["nodes"].append(node)
 
-    def tell(self, job: str, progress: dict[str, Any]) -> bool:
+    def tell(self, job: str, submitted: int, progress: dict[str, Any]) -> bool:
         """How far a job is; returns whether it shall stop."""
-        self.jobs[job]["progress"] = progress
+        known = self.jobs.setdefault(job, {"submitted": submitted, "nodes": [], "progress": None})
+        if known["submitted"] == submitted:
+            known["progress"] = progress
         return self.stopping
 
     def stop(self) -> None:
@@ -72,7 +74,7 @@ class Board:
         return self.jobs
 
 
-def task(asked: Asked, facts: Facts, place: str, per_gpu: int, submitted: int, board: Any) -> Ending:
+def task(asked: Asked, facts: Facts, place: str, mark: str, per_gpu: int, submitted: int, board: Any) -> Ending:
     """A job on whichever node Ray chose: start its process, tell the board, end with it."""
     import ray
 
@@ -80,36 +82,43 @@ def task(asked: Asked, facts: Facts, place: str, per_gpu: int, submitted: int, b
     node = {"id": context.get_node_id(), "name": f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"}
     ray.get(board.begins.remote(asked.job, submitted, node))
     directory = Path(place)
-    shared = (directory.parents[1] / FILE).exists()
+    shared = _reads(directory.parents[1] / MARK) == mark
     if not shared:
-        directory = Path(tempfile.gettempdir()) / "fp8-batch" / directory.parents[1].name / asked.job
+        directory = Path(tempfile.gettempdir()) / f"fp8-batch-{os.getuid()}" / mark / asked.job
     if facts.gpu and ray.get_gpu_ids():
         asked = share_gpu(asked, per_gpu)
-    command, kills, began = ask(asked, directory, os.getpid()), oom_kills(), time.time()
-    follower = Follower(Path(facts.output), facts.read_bytes + facts.layer_bytes, began)
+    command, kills = ask(asked, directory, os.getpid()), oom_kills()
+    follower = Follower(Path(facts.output), facts.read_bytes + facts.layer_bytes, time.time())
     log_path = directory / "log.txt"
     before = log_path.stat().st_size if log_path.exists() else 0
     with log_path.open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     try:
+        told = False
         while process.poll() is None:
-            if ray.get(board.tell.remote(asked.job, asdict(follower.now()))):
-                process.terminate()
-                process.wait(STOP_SECONDS)
-            else:
-                _wait(process, TELL)
+            if ray.get(board.tell.remote(asked.job, submitted, asdict(follower.now()))) and not told:
+                process.terminate()  # once: a second signal would cut the unit
+                told = True
+            _wait(process, TELL)
     finally:
-        if process.poll() is None:  # cancelled
+        if process.poll() is None:  # cancelled, or the board is lost for good
             process.terminate()
-            process.wait(STOP_SECONDS)
+            process.wait()
     ending = how_ended(process.returncode, directory, oom_kills() > kills)
-    timed(ending, facts, began)
-    ending.node = node["name"]
+    timed(ending, facts, follower)
+    ending.node, ending.shared = node["name"], shared
     if not shared:
         with log_path.open("rb") as file:
             file.seek(max(before, log_path.stat().st_size - LOG_BYTES))
             ending.log = file.read().decode("utf-8", errors="replace")
     return ending
+
+
+def _reads(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -160,11 +169,17 @@ class RayCluster:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here, **lasting).remote()
         self._task = ray.remote(task)
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
+
+    @property
+    def gpu(self) -> bool:
+        """See `Executor`."""
+        return any(node["Resources"].get("GPU") for node in self._nodes())
 
     def needs(self, facts: Facts) -> dict[str, float]:
         """The resources of a job's task, as Ray names them; GPU and disk where nodes declare any."""
@@ -196,6 +211,10 @@ class RayCluster:
         needs = self.needs(facts)
         self._count += 1
         place.mkdir(parents=True, exist_ok=True)
+        mark = _reads(place.parents[1] / MARK)
+        if mark is None:  # by which a node knows that it sees this directory, and not one of the same name
+            mark = secrets.token_hex(8)
+            (place.parents[1] / MARK).write_text(mark, encoding="ascii")
         ref = self._task.options(
             name=asked.job,
             num_cpus=needs["CPU"],
@@ -203,7 +222,7 @@ class RayCluster:
             memory=int(needs["memory"]),
             resources={DISK: needs[DISK]} if DISK in needs else None,
             max_retries=RETRIES,
-        ).remote(asked, facts, str(place), self.per_gpu, self._count, self._board)
+        ).remote(asked, facts, str(place), mark, self.per_gpu, self._count, self._board)
         self._submitted[asked.job] = _Submitted(ref, self._count)
 
     def ended(self) -> list[tuple[str, Ending]]:

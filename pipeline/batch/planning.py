@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.batch.job import MACHINE_FIELDS
 from pipeline.batch.manifest import Job
 from pipeline.batch.processes import die_with_parent
-from pipeline.errors import DiskFull, OtherRun, PipelineError, TooLarge, from_os_error
+from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -45,6 +45,8 @@ class Facts:
         output_bytes: of the result's shards.
         peak_memory: the plan's bound.
         disk: what the output's drive must have for all of it.
+        work: where scratch files go, if not beside the output.
+        scratch: what that drive must have.
         read_bytes: of the source, outside calibrated layers.
         layer_bytes: of the source, in calibrated layers.
         layers: calibrated ones.
@@ -72,6 +74,8 @@ class Facts:
     output_bytes: int
     peak_memory: int
     disk: int
+    work: str | None
+    scratch: int
     read_bytes: int
     layer_bytes: int
     layers: int
@@ -218,12 +222,17 @@ def _facts(recipe: Recipe, here: bool) -> Facts:
 
     recipe = _absolute(recipe)
     checkpoint = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
-    plan = make_plan(recipe if here else _anywhere(recipe), checkpoint)
+    free = True  # enough of it, now
+    try:
+        plan = make_plan(recipe if here else _anywhere(recipe), checkpoint)
+    except (DiskFull, OutOfMemory):  # another process has it, or an earlier job of this batch: the job may wait
+        free = False
+        plan = make_plan(_anywhere(recipe, "cpu", "host"), checkpoint)
     already = False
     try:
         already = runner.preflight(plan)
     except OtherRun as error:
-        already = not here and not error.begun and error.fields <= MACHINE_FIELDS
+        already = not (here and free) and not error.begun and error.fields <= MACHINE_FIELDS
         if not already:
             raise
     except DiskFull:
@@ -231,13 +240,14 @@ def _facts(recipe: Recipe, here: bool) -> Facts:
     except TooLarge:
         if here:
             raise
-    if here and plan.peak_memory > (total := total_memory()):
+    if here and free and plan.peak_memory > (total := total_memory()):
         raise TooLarge(
             f"memory: up to {size_text(plan.peak_memory)} needed, this machine has {size_text(total)}; lower "
             "calibration.samples or runtime.threads, or set runtime.hidden_states: file"
         )
     server = runner.find_server(recipe)
-    calibration = plan.calibration
+    calibration, work = plan.calibration, recipe.runtime.work_directory
+    hidden = calibration.needs.hidden * (3 if calibration.place == "file" else 2) if calibration else 0
     return Facts(
         text=recipe_yaml(recipe),
         source=recipe.model.source,
@@ -252,6 +262,8 @@ def _facts(recipe: Recipe, here: bool) -> Facts:
         output_bytes=plan.output_nbytes,
         peak_memory=plan.peak_memory,
         disk=disk_need(plan),
+        work=work,
+        scratch=hidden if work is not None else 0,
         read_bytes=sum(piece.nbytes for piece in plan.pieces),
         layer_bytes=sum(layer.nbytes for layer in plan.layers),
         layers=len(plan.layers),
@@ -289,9 +301,9 @@ def _absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _anywhere(recipe: Recipe) -> Recipe:
+def _anywhere(recipe: Recipe, device: str = "auto", hidden_states: str = "auto") -> Recipe:
     """The same recipe for a machine without the GPU, or the memory, of those that it will run on."""
-    update = {"device": "auto", "device_memory": None, "hidden_states": "auto"}
+    update = {"device": device, "device_memory": None, "hidden_states": hidden_states}
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=update)})
 
 

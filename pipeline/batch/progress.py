@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class Follower:
             if not path.exists():
                 path = self.output / EVENTS
             with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:  # it was started over
+                    self._offset, self._layers, self._pieces, self._before = 0, {}, 0, None
                 file.seek(self._offset)
                 data = file.read()
         except OSError:

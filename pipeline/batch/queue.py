@@ -14,27 +14,32 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.batch.executor import Executor
+from pipeline.batch.executor import Executor, Local
 from pipeline.batch.fetch import Fetcher
 from pipeline.batch.forecast import Forecaster
 from pipeline.batch.job import Asked, Ending
 from pipeline.batch.ledger import Attempt, Ledger, Record
 from pipeline.batch.manifest import Job
-from pipeline.batch.planning import Facts, Refusal, plan_all
+from pipeline.batch.planning import Facts, Planned, Refusal, plan_all
 from pipeline.batch.processes import signal_name
 from pipeline.batch.progress import Progress
+from pipeline.errors import from_os_error
 from pipeline.journal import read_identity
+from pipeline.report.console import time_text
 
 TICK = 0.1
 WATCH = 1.0  # seconds between two looks at the running jobs
 AGAIN = 5.0  # seconds before a job that was killed starts again
 LONG_WORK = 300.0  # seconds: a disk that fills up after so much work is another wait
 KILLS = 5  # attempts that may be killed in a night; a job that is killed for ever must not hold the batch up
+BUSY = 15  # times that a job waits two minutes for another process on its output
 SMALLEST_BATCH = 256  # tokens
+RETRIED = ("calibration.batch_tokens", "calibration.batches")  # of an identity: what smaller batches change
+MOST_TEXT = 8192  # of a variable that a hook is given; the kernel has a limit of its own
 HOOK_SECONDS = 60
 
 
@@ -100,6 +105,7 @@ class Queue:
     _full_since: dict[str, float] = field(default_factory=dict)
     _fetcher: Fetcher | None = None
     _asked: int | None = None  # the signal that came
+    _hooks: list[tuple[subprocess.Popen[bytes], str, float]] = field(default_factory=list)
 
     @property
     def records(self) -> dict[str, Record]:
@@ -112,46 +118,63 @@ class Queue:
         """Plan every job; refuse what cannot run."""
         wanted = []
         for job in self.jobs:
-            record = self.records[job.name]
-            if record.status in ("failed", "refused") or (record.status == "published" and not self.executor.here):
-                self.watcher.ended(record, None, None)
+            last = self.records[job.name].attempts[-1:]
+            elsewhere = bool(last) and last[0].ending is not None and not last[0].ending.shared
+            if self.records[job.name].status == "published" and elsewhere:
+                self.watcher.ended(self.records[job.name], None, None)  # its node alone has it
             else:
                 wanted.append(job)
         changed = {job.name: self.records[job.name].changed for job in wanted}
         found = plan_all(wanted, self.ledger.directory, self.executor.here, changed)
         for job in wanted:
-            planned, record = found[job.name], self.records[job.name]
-            if isinstance(planned, Refusal):
-                self.ledger.settle(job.name, "refused", planned.kind, planned.reason)
-                self.watcher.ended(record, None, None)
-                self._on_failure(record)
-                continue
-            self.facts[job.name] = planned
-            if not planned.already and (why := self.executor.refuses(planned)) is not None:
-                self.ledger.settle(job.name, "refused", "too large", why)
-                del self.facts[job.name]
-                self.watcher.ended(record, None, None)
-                self._on_failure(record)
-            elif planned.already:
-                if record.status != "published":
-                    self.ledger.settle(job.name, "published", note="it was published before this night")
-            elif record.status == "published":
-                self.ledger.settle(job.name, "waiting", note="its result is gone; it is made again")
+            self._planned(self.records[job.name], found[job.name])
         for name, facts in self.facts.items():  # earlier nights of this batch tell how fast the machine is
             self._learn(self.records[name], facts)
         self.watcher.table(self)
 
+    def _planned(self, record: Record, planned: Planned) -> None:
+        name = record.job.name
+        if isinstance(planned, Refusal):
+            if record.status == "published" and planned.kind == "source" and _is_ours(planned.output):
+                self.watcher.ended(record, None, None)  # its source has been removed since
+                return
+            self._refuse(record, planned.kind, planned.reason)
+            return
+        if self.executor.gpu and planned.gpu and planned.layers:
+            planned = replace(planned, device="cuda")  # what it will run on, wherever it was planned
+        if not planned.already and (why := self.executor.refuses(planned)) is not None:
+            self._refuse(record, "too large", why)
+            return
+        self.facts[name] = planned
+        if planned.already:
+            if record.status != "published":
+                self.ledger.settle(name, "published", note="it was published before this run of the batch")
+        elif record.status == "failed" and record.kind == "verification":
+            self.watcher.ended(record, planned, None)  # it would fail again; mended, it is another job
+        elif record.count("killed", "interrupted", None) > KILLS:
+            self.ledger.settle(name, "failed", "killed", f"it was killed, or its batch, {KILLS + 1} times")
+            self._failed(name)
+        elif record.status == "published":
+            self.ledger.settle(name, "waiting", note="its result is gone; it is made again")
+        elif record.status == "failed":
+            self.ledger.settle(name, "waiting")
+
+    def _refuse(self, record: Record, kind: str, reason: str) -> None:
+        self.ledger.settle(record.job.name, "refused", kind, reason)
+        self.watcher.ended(record, None, None)
+        self._on_failure(record)
+
     def _learn(self, record: Record, facts: Facts) -> None:
         """From a job's last attempt, if that was a whole run."""
-        last = record.attempts[-1] if record.attempts else None
-        if last is not None and last.whole and last.ending is not None and last.ending.parts is not None:
-            self.forecaster.learn(facts, last.ending.parts)
+        ending = record.attempts[-1].ending if record.attempts else None
+        if ending is not None and ending.parts is not None:
+            self.forecaster.learn(facts, ending.parts)
 
     # --- the night ---
 
     def run(self) -> int:
         """Run what can be run; returns the exit status."""
-        with self._signals(), Fetcher(self.ledger.directory) as fetcher:
+        with self._signals(), Fetcher(self.ledger.directory, self._room_for_download) as fetcher:
             self._fetcher = fetcher
             watched = 0.0
             try:
@@ -159,10 +182,10 @@ class Queue:
                     for name, ending in self.executor.ended():
                         self._ended(name, ending)
                     self._look_up()
+                    self._look_after_hooks()
                     if self.stopping is None:
                         self._start()
-                    waiting = [name for name in self.facts if self.records[name].status == "waiting"]
-                    if not self.executor.running() and (self.stopping is not None or not waiting):
+                    if not self.executor.running() and (self.stopping is not None or not self._may_come()):
                         break
                     if time.monotonic() - watched > WATCH:
                         self.watcher.now(self, self.executor.progress())
@@ -171,6 +194,10 @@ class Queue:
             finally:
                 self.executor.close()
         return self._finish()
+
+    def _may_come(self) -> bool:
+        """Whether a job waits that may still start in this window; with nothing running, no forecast changes."""
+        return any(self.records[name].status == "waiting" and self._in_time(name) for name in self.facts)
 
     def _look_up(self) -> None:
         until = self.rules.until
@@ -181,9 +208,9 @@ class Queue:
 
     def _stop(self, kind: str, text: str) -> None:
         self.stopping = kind
+        self.executor.stop()
         if self.executor.running():
             self.watcher.said(f"{text}; {self.executor.running()} running job(s) stop at the end of their unit")
-        self.executor.stop()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -197,7 +224,9 @@ class Queue:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, asked) for number in heard}
         try:
             yield
         finally:
@@ -214,11 +243,12 @@ class Queue:
             key=lambda name: (-self.facts[name].source_bytes, name),
         )
         if self.executor.here:
-            self._fetcher.wants([self.facts[name] for name in order if self._in_time(name)])
+            self._fetcher.wants([self.facts[name] for name in order if self._in_time(name)], self.rules.disk_wait)
+            if isinstance(self.executor, Local):
+                self.executor.downloading = self._fetcher.claim()
         for name in order:
             facts = self.facts[name]
-            if not self._in_time(name):
-                self._leave(name, facts)
+            if not self._in_time(name):  # by a forecast that the next finished job may better
                 continue
             if time.monotonic() < self._not_before.get(name, 0.0):
                 continue
@@ -238,19 +268,15 @@ class Queue:
         until = self.rules.until
         return until is None or time.time() + self.forecaster.seconds(self.facts[name]) <= until
 
-    def _leave(self, name: str, facts: Facts) -> None:
-        """Not tonight. A later, better forecast could let it in, but a window only gets shorter."""
-        minutes = self.forecaster.seconds(facts) / 60
-        reason = f"it would take about {minutes:.1f} min and not end within the window"
-        self.ledger.settle(name, "left", "window", reason)
-        self.watcher.ended(self.records[name], facts, None)
+    def _room_for_download(self, place: Path, nbytes: int) -> bool:
+        return not isinstance(self.executor, Local) or self.executor.has_room(place, nbytes)
 
     def _fetched(self, name: str, facts: Facts) -> bool:
         """Whether a hub's checkpoint is in the cache; a download that failed for good is the job's failure."""
         assert self._fetcher is not None
         state = self._fetcher.state(facts)
         if state.error is not None:
-            self.ledger.settle(name, "failed", "source", state.error)
+            self.ledger.settle(name, "failed", state.kind, state.error)
             self._failed(name)
         return state.done
 
@@ -274,20 +300,23 @@ class Queue:
     def _start_one(self, name: str, facts: Facts) -> None:
         record = self.records[name]
         forecast = self.forecaster.seconds(facts)
-        fresh = bool(record.changed) and not any(attempt.changed == record.changed for attempt in record.attempts)
-        whole = fresh or read_identity(facts.partial) is None
-        attempt = Attempt(time.time(), forecast, self.forecaster.informed, record.changed, whole)
+        attempt = Attempt(time.time(), forecast, self.forecaster.informed, record.changed)
         asked = Asked(
             name,
             facts.text,
             record.changed,
-            fresh=fresh and facts.layers > 0,
+            restarts=RETRIED if record.changed else (),
             until=self.rules.until,
             forecast=forecast,
             cluster=not self.executor.here,
         )
         self.ledger.start(name, attempt)
-        self.executor.start(asked, facts, self.place(name))
+        try:
+            self.executor.start(asked, facts, self.place(name))
+        except OSError as error:  # the batch's own drive is full, or no process can be made
+            failed = from_os_error(error, f"starting {name}")
+            self._ended(name, Ending(failed.kind, None, str(failed)))
+            return
         self.watcher.started(record, facts, attempt)
 
     def place(self, name: str) -> Path:
@@ -302,28 +331,27 @@ class Queue:
         self.ledger.end(name, ending)
         attempt = record.attempts[-1]
         for note in ending.notes:
-            record.notes.append(note)
+            self.ledger.note(name, note)
+        self.facts[name] = facts = replace(facts, done=max(facts.done, ending.share))
         match ending.kind:
             case "done":
                 self.ledger.settle(name, "published")
-                if attempt.informed and attempt.whole and not ending.already and attempt.ended is not None:
+                if record.whole and attempt.informed and attempt.ended is not None:
                     self.forecaster.judge(attempt.forecast, attempt.ended - attempt.began)
-                self._learn(record, facts)
-            case "interrupted" | "late" if self.stopping is not None or ending.kind == "late":
-                kind = "interrupted" if self.stopping == "interrupted" else "window"
-                self.ledger.settle(name, "left", kind, ending.reason)
+                self._learn(record, replace(facts, done=0.0))
+            case _ if self.stopping is not None and ending.kind in ("interrupted", "late", "killed", "crashed", "busy"):
+                self.ledger.settle(name, "left", self.stopping, ending.reason)
+            case "late":
+                self.ledger.settle(name, "left", "window", ending.reason)
             case "out of memory":
                 self._smaller(name, record, facts, ending)
             case "disk":
                 self._disk_was_full(name, record, ending)
-            case "killed" | "interrupted":
-                if self.stopping is not None:
-                    self.ledger.settle(name, "left", self.stopping, ending.reason)
-                elif record.count("killed") + record.count("interrupted") > KILLS:
-                    self._fail(name, ending)
-                else:
-                    self._again(name, f"{ending.reason}; resumed where it stopped")
-            case "crashed" if record.count("crashed") <= 1 and self.stopping is None:
+            case "killed" | "interrupted" if record.count("killed", "interrupted", None) <= KILLS:
+                self._again(name, f"{ending.reason}; resumed where it stopped")
+            case "busy" if record.count("busy") <= BUSY:
+                self._again(name, f"{ending.reason}; it waited")
+            case "crashed" if record.count("crashed") <= 1:
                 self._again(name, f"it crashed ({ending.reason}); resumed once where it stopped")
             case _:
                 self._fail(name, ending)
@@ -355,6 +383,7 @@ class Queue:
         if facts.layers:
             tokens = max(min(SMALLEST_BATCH, facts.batch_tokens), facts.batch_tokens // 4)
             record.changed = (f"calibration.batch_tokens={tokens}",)
+            self.facts[name] = replace(facts, done=0.0)
             note = f"memory ran out; started over with batches of {tokens} tokens instead of {facts.batch_tokens}"
         else:
             record.changed = ("runtime.threads=1",)
@@ -382,9 +411,14 @@ class Queue:
     # --- the end ---
 
     def _finish(self) -> int:
-        for name in self.facts:
+        for name, facts in self.facts.items():
             if self.records[name].status in ("waiting", "running"):
-                self.ledger.settle(name, "left", self.stopping, "not started")
+                reason = "not started"
+                if self.stopping is None:
+                    text = time_text(self.forecaster.seconds(facts))
+                    reason = f"it would take about {text}, and not end within the window"
+                self.ledger.settle(name, "left", self.stopping or "window", reason)
+                self.watcher.ended(self.records[name], facts, None)
         statuses = [record.status for record in self.records.values()]
         failed = any(status in ("failed", "refused") for status in statuses)
         self.exit_status = 1 if failed else 75 if "left" in statuses else 0
@@ -394,6 +428,10 @@ class Queue:
             self.ledger.finish(self.exit_status)
         self.watcher.report(self, self.exit_status)
         self._hook(self.rules.on_finish, {})
+        deadline = time.monotonic() + HOOK_SECONDS
+        while self._hooks and time.monotonic() < deadline + 1:
+            self._look_after_hooks()
+            time.sleep(TICK)
         return self.exit_status
 
     def counts(self) -> dict[str, int]:
@@ -415,7 +453,7 @@ class Queue:
         )
 
     def _hook(self, command: str | None, more: Mapping[str, str]) -> None:
-        """A command of the user's; what it does is no reason to fail, and it may not hold the night up."""
+        """Start a command of the user's; what it does is no reason to fail, and it does not hold the night up."""
         if not command:
             return
         counts = self.counts()
@@ -430,12 +468,36 @@ class Queue:
             "BATCH_EXIT_STATUS": "" if self.exit_status is None else str(self.exit_status),
             **more,
         }
+        environment = {key: value.replace("\0", " ")[:MOST_TEXT] for key, value in environment.items()}
         try:
-            done = subprocess.run(
-                command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, timeout=HOOK_SECONDS
+            process = subprocess.Popen(
+                command,
+                shell=True,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            self.watcher.said(f"note: {command!r} took more than {HOOK_SECONDS} s and was ended")
-        else:
-            if done.returncode:
-                self.watcher.said(f"note: {command!r} ended with status {done.returncode}")
+        except (OSError, ValueError) as error:
+            self.watcher.said(f"note: {command!r} could not be run: {error}")
+            return
+        self._hooks.append((process, command, time.monotonic() + HOOK_SECONDS))
+
+    def _look_after_hooks(self) -> None:
+        """Say how hooks ended, and end those that take too long, with what they started."""
+        for entry in list(self._hooks):
+            process, command, deadline = entry
+            status = process.poll()
+            if status is None and time.monotonic() < deadline:
+                continue
+            self._hooks.remove(entry)
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                self.watcher.said(f"note: {command!r} took more than {HOOK_SECONDS} s and was ended")
+            elif status:
+                self.watcher.said(f"note: {command!r} ended with status {status}")
+
+
+def _is_ours(output: str | None) -> bool:
+    return output is not None and read_identity(Path(output)) is not None

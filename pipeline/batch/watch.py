@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 LIVE = "live.json"
 PLAIN_INTERVAL = 60.0  # seconds between two lines on a running job in a log
 LIVE_INTERVAL = 2.0
+UNHEARD = (OSError, SystemExit)  # rich ends the program where its pipe is closed
 
 
 class Watch:
@@ -37,6 +40,23 @@ class Watch:
         self._live: rich.live.Live | None = None
         self._told: dict[str, float] = {}
         self._written = 0.0
+        self._quiet = False
+
+    def _say(self, what: Any) -> None:
+        """A line or a table; where nobody listens any more (a closed terminal, a dead pipe) the night goes on."""
+        try:
+            if isinstance(what, str):
+                self.console.say(what)
+            else:
+                self.console.rich.print(what)
+        except UNHEARD:
+            self._go_quiet()
+
+    def _go_quiet(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(null, stream)  # what is buffered shall not raise again at the end
+        self._live, self._quiet = None, True
 
     # --- before ---
 
@@ -56,16 +76,17 @@ class Watch:
                 size_text(facts.peak_memory), size_text(facts.disk), "yes" if facts.gpu else "no", seconds,
                 escape(self._remark(queue, name, facts)),
             )  # fmt: skip
-        self.console.rich.print(table)
+        self._say(table)
         todo = [f for name, f in queue.facts.items() if queue.records[name].status == "waiting"]
+        counts = queue.counts()
         together = sum(queue.forecaster.seconds(facts) for facts in todo)
         known = "" if queue.forecaster.informed else ", by a rough rule until the first job has ended"
-        self.console.say(
-            f"{len(todo)} to do, {len(queue.facts) - len(todo)} published already, "
-            f"{len(queue.records) - len(queue.facts)} refused; {time_text(together)} one after the other{known}"
+        self._say(
+            f"{len(todo)} to do, {counts['published']} published already, {counts['refused']} refused; "
+            f"{time_text(together)} one after the other{known}"
         )
         for line in _disk_lines(todo) if queue.executor.here else ():
-            self.console.say(line)
+            self._say(line)
 
     def _remark(self, queue: Queue, name: str, facts: Facts) -> str:
         if facts.already:
@@ -85,38 +106,43 @@ class Watch:
         number = len(record.attempts) - record.tonight
         again = f", attempt {number}" if number > 1 else ""
         changed = f", {' '.join(attempt.changed)}" if attempt.changed else ""
-        self.console.say(
-            f"{_clock()} {record.job.name}: {self._word}{again}{changed}; forecast {time_text(attempt.forecast)}"
-        )
+        self._say(f"{_clock()} {record.job.name}: {self._word}{again}{changed}; forecast {time_text(attempt.forecast)}")
         self._told[record.job.name] = time.monotonic()
 
     def ended(self, record: Record, facts: Facts | None, attempt: Attempt | None) -> None:
         """See `queue.Watcher`."""
         name, told = record.job.name, ""
         if attempt is not None and attempt.ended is not None:
-            taken = attempt.ended - attempt.began
+            taken = max(attempt.ended - attempt.began, 1e-3)
             told = f" after {time_text(taken)}"
-            if record.status == "published" and attempt.whole:
+            if record.status == "published" and record.whole:
                 told += f" (forecast {time_text(attempt.forecast)}, {attempt.forecast / taken - 1:+.0%})"
         why = f" ({record.kind})" if record.kind else ""
         text = f": {record.reason}" if record.reason else ""
         if record.status == "waiting" and record.notes:
             text = f": {record.notes[-1].splitlines()[0]}"
-        self.console.say(f"{_clock()} {name}: {record.status}{told}{why}{text}")
+        self._say(f"{_clock()} {name}: {record.status}{told}{why}{text}")
 
     def now(self, queue: Queue, progress: Mapping[str, Progress]) -> None:
         """See `queue.Watcher`."""
         rows = _rows(queue, progress)
         if time.monotonic() - self._written > LIVE_INTERVAL:
-            _write(queue.ledger.directory / LIVE, {"time": time.time(), "counts": queue.counts(), "jobs": rows})
+            live = {"time": time.time(), "pid": os.getpid(), "counts": queue.counts(), "jobs": rows}
+            with suppress(OSError):  # a full drive; the jobs go on
+                _write(queue.ledger.directory / LIVE, live)
             self._written = time.monotonic()
+        if self._quiet:
+            return
         if self.console.rich.is_terminal:
-            self._draw(rows, queue.counts())
+            try:
+                self._draw(rows, queue.counts())
+            except UNHEARD:
+                self._go_quiet()
             return
         for row in rows:
             name = row["name"]
             if time.monotonic() - self._told.get(name, 0.0) >= PLAIN_INTERVAL:
-                self.console.say(f"{_clock()} {name}: {_in_words(row)}")
+                self._say(f"{_clock()} {name}: {_in_words(row)}")
                 self._told[name] = time.monotonic()
 
     def _draw(self, rows: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
@@ -125,17 +151,18 @@ class Watch:
         if self._live is None:
             self._live = Live(console=self.console.rich, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(live_table(rows, counts), refresh=True)
+        self._live.update(live_table(rows, counts, self.console.rich.width), refresh=True)
 
     def close(self) -> None:
         """Take the live table away."""
         if self._live is not None:
-            self._live.stop()
+            with suppress(*UNHEARD):
+                self._live.stop()
             self._live = None
 
     def said(self, text: str) -> None:
         """See `queue.Watcher`."""
-        self.console.say(text)
+        self._say(text)
 
     # --- the report ---
 
@@ -154,7 +181,7 @@ class Watch:
         try:
             _, path = page.write(queue.ledger.directory, made)
         except OSError as error:
-            self.console.say(f"note: the report cannot be written ({error}); the jobs go on")
+            self._say(f"note: the report cannot be written ({error}); the jobs go on")
             return
         if exit_status is not None:
             self.close()
@@ -163,13 +190,13 @@ class Watch:
     def _conclude(self, queue: Queue, path: Path) -> None:
         counts = queue.counts()
         said = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
-        self.console.say(f"{_clock()} {said}")
+        self._say(f"{_clock()} {said}")
         if (errors := queue.forecaster.errors()) is not None:
-            self.console.say(
+            self._say(
                 f"forecasts after the first job were off by {errors['median_error']:.0%} (median of {errors['jobs']}), "
                 f"{errors['worst_error']:.0%} at most"
             )
-        self.console.say(f"report: {path}")
+        self._say(f"report: {path}")
 
 
 def _disk_lines(todo: list[Facts]) -> list[str]:
@@ -207,22 +234,33 @@ def _rows(queue: Queue, progress: Mapping[str, Progress]) -> list[dict[str, Any]
     return rows
 
 
-def live_table(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> rich.table.Table:
-    """The running jobs as a table."""
+def live_table(rows: list[dict[str, Any]], counts: Mapping[str, int], width: int) -> rich.table.Table:
+    """The running jobs as a table; a narrow terminal gets what matters most."""
     from rich.markup import escape
     from rich.table import Table
 
     said = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     table = Table(caption=said, caption_justify="left")
-    for name in ("job", "stage", "at", "done", "rate", "for", "left", "GPU memory", "host memory"):
-        right = name not in ("job", "stage", "at")
-        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    shown = ["job", "stage", "at", "done", "rate", "left"]
+    if any(row["device_bytes"] for row in rows):
+        shown.append("GPU memory")
+    if width >= 110:
+        shown += ["for", "host memory"]
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("job", "stage", "at") else "right", no_wrap=name != "job")
     for row in rows:
-        table.add_row(
-            escape(row["name"]), row["stage"], escape(row["at"]), f"{row['share']:.0%}",
-            f"{size_text(row['rate'])}/s" if row["rate"] else "", time_text(row["seconds"]), time_text(row["left"]),
-            size_text(row["device_bytes"]) if row["device_bytes"] else "", size_text(row["rss"]) if row["rss"] else "",
-        )  # fmt: skip
+        cells = {
+            "job": escape(row["name"]),
+            "stage": row["stage"],
+            "at": escape(row["at"]),
+            "done": f"{row['share']:.0%}",
+            "rate": f"{size_text(row['rate'])}/s" if row["rate"] else "",
+            "left": time_text(row["left"]),
+            "GPU memory": size_text(row["device_bytes"]) if row["device_bytes"] else "",
+            "for": time_text(row["seconds"]),
+            "host memory": size_text(row["rss"]) if row["rss"] else "",
+        }
+        table.add_row(*(cells[name] for name in shown))
     return table
 
 
@@ -254,10 +292,11 @@ def show_status(directory: Path, console: Console) -> bool:
             console.say(f"{name}: stopped with its batch")
     try:
         live = json.loads((directory / LIVE).read_text(encoding="utf-8")) if alive else None
+        live = live if live and live["pid"] == night.batch.get("pid") else None
     except (OSError, ValueError):
         live = None
     if live is not None:
-        console.rich.print(live_table(live["jobs"], live["counts"]))
+        console.rich.print(live_table(live["jobs"], live["counts"], console.rich.width))
     if alive:
         state = "running"
     elif night.ended is not None:

@@ -139,10 +139,20 @@ def _group_limits() -> list[tuple[int, int]]:
         try:
             ceiling = (root / limit).read_text().strip()
             if ceiling != "max":
-                found.append((int(ceiling), int((root / used).read_text())))
+                found.append((int(ceiling), int((root / used).read_text()) - _reclaimable((root / used).parent)))
         except (OSError, ValueError):
             continue
     return [*found, (1 << 62, 0)]
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of a control group that are page cache which the kernel gives back first."""
+    keys = ("total_inactive_file", "inactive_file")  # with what is below the group, in version 1
+    try:
+        rows = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return next((int(rows[key]) for key in keys if key in rows), 0)
 
 
 def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple[Place, str]:
