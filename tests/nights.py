@@ -19,7 +19,7 @@ from tests.conftest import CALIBRATED, QUANTIZE, RECIPE, ROOT, SCHEMES, make_pla
 
 BEST = {"plain2", "plain3", "plain4", "plain5", "vl", "moe", "tied", "killed"}
 WORST = {"bad": "recipe", "short": "source", "huge": "too large", "refused-by-vllm": "verification"}
-RECORDS = ("events.jsonl", "layers.json", "recipe.yaml", "serve.yaml", "lock", "journal.jsonl")
+RECORDS = ("events.jsonl", "layers.json", "recipe.yaml", "serve.yaml", "verify.json", "lock", "journal.jsonl")
 
 
 @dataclass

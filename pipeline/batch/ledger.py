@@ -22,7 +22,7 @@ from pipeline.batch.manifest import Job
 from pipeline.errors import PipelineError
 
 FILE = "batch.jsonl"
-KEPT = ("published", "failed")  # of a night that goes on; all else is planned again
+KEPT = ("published", "failed", "refused")  # of a night that goes on, until it is planned again
 Status = Literal["waiting", "running", "published", "failed", "refused", "left"]
 
 

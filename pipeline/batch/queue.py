@@ -156,13 +156,15 @@ class Queue:
             self._failed(name)
         elif record.status == "published":
             self.ledger.settle(name, "waiting", note="its result is gone; it is made again")
-        elif record.status == "failed":
+        elif record.status != "waiting":
             self.ledger.settle(name, "waiting")
 
     def _refuse(self, record: Record, kind: str, reason: str) -> None:
+        known = (record.status, record.kind) == ("refused", kind)  # when this night was begun
         self.ledger.settle(record.job.name, "refused", kind, reason)
         self.watcher.ended(record, None, None)
-        self._on_failure(record)
+        if not known:
+            self._on_failure(record)
 
     def _learn(self, record: Record, facts: Facts) -> None:
         """From a job's last attempt, if that was a whole run."""
