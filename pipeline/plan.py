@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ from pipeline.model.selection import (
     select,
     text_config,
 )
-from pipeline.recipe import Recipe, not_yet_built, parse_size
+from pipeline.recipe import Calibration, Recipe, not_yet_built, parse_size
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost
@@ -48,6 +48,7 @@ CUDA_MEMORY = 3800 << 20  # and with CUDA's libraries loaded
 TENSOR_MEMORY = 3 << 10  # what plan and journal keep of an output tensor; a mixture has tens of thousands
 
 Fate = Literal["quantize", "copy", "drop"]
+Prepare = Callable[[Calibration, Path], tuple[CaptionSet, Batches]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +232,20 @@ class Plan:
         return TORCH_MEMORY + stream + on_host + needs.layer + needs.activations
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+def prepare(calibration: Calibration, root: Path) -> tuple[CaptionSet, Batches]:
+    """The captions that a recipe asks for, and their batches, by the tokenizer in `root`."""
+    captions = load_captions(calibration)
+    sequences = tokenize(captions.texts, root, calibration.template)
+    return captions, make_batches(sequences, calibration.max_length, calibration.batch_tokens)
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare) -> Plan:
     """Decide everything.
+
+    Args:
+        recipe: validated.
+        checkpoint: what it names.
+        prepare: makes captions and batches; one that remembers saves seconds where many plans ask for the same.
 
     Raises:
         UsageError: the recipe asks for what this checkpoint, or this version, cannot give.
@@ -256,7 +269,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     warnings = list(selection.warnings)
     calibration = None
     if calibrated:
-        calibration = _plan_calibration(recipe, checkpoint, layers, outputs)
+        calibration = _plan_calibration(recipe, checkpoint, layers, outputs, prepare)
         warnings += _calibration_warnings(recipe, checkpoint, calibration)
     else:
         if recipe.runtime.device == "cuda":
@@ -279,13 +292,15 @@ def choose_backend(recipe: Recipe) -> Backend:
 
 
 def _plan_calibration(
-    recipe: Recipe, checkpoint: Checkpoint, layers: tuple[LayerUnit, ...], outputs: Mapping[str, OutputTensor]
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    layers: tuple[LayerUnit, ...],
+    outputs: Mapping[str, OutputTensor],
+    prepare: Prepare,
 ) -> CalibrationPlan:
     assert recipe.calibration is not None, "the recipe's own check asks for it"
     imports = import_libraries()
-    captions = load_captions(recipe.calibration)
-    sequences = tokenize(captions.texts, checkpoint.root, recipe.calibration.template)
-    batches = make_batches(sequences, recipe.calibration.max_length, recipe.calibration.batch_tokens)
+    captions, batches = prepare(recipe.calibration, checkpoint.root)
     text = text_config(checkpoint.config)
     hidden = int(text.get("hidden_size") or 0) or _hidden_size(layers)
     limit = text.get("max_position_embeddings")

@@ -26,6 +26,8 @@ BATCH = {"cpu": 0.01, "cuda": 0.002}  # seconds a layer and batch, however small
 VERIFY = {"structure": 0.3, "load": 20.0, "generate": 60.0}
 ENGINE = 200e6  # bytes a second: the engine loads the result twice, and the source
 
+FADING = 0.5  # weight of a job against the one after it: a shared machine is now faster, now slower
+
 Key = tuple[str, ...]
 
 
@@ -104,7 +106,9 @@ class Forecaster:
     def _correction(self, part: str, facts: Facts) -> float:
         for key in _keys(part, facts):
             if seen := self._seen.get(key):
-                return sum(taken for taken, _ in seen) / sum(ruled for _, ruled in seen)
+                weights = [FADING ** (len(seen) - 1 - place) for place in range(len(seen))]
+                taken = sum(weight * taken for weight, (taken, _) in zip(weights, seen, strict=True))
+                return taken / sum(weight * ruled for weight, (_, ruled) in zip(weights, seen, strict=True))
         return 1.0
 
     @property

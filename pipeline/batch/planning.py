@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pipeline.batch.job import MACHINE_FIELDS
 from pipeline.batch.manifest import Job
 from pipeline.batch.processes import die_with_parent
 from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
+from pipeline.plan import Prepare, prepare
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -191,21 +193,22 @@ def main(asked: str, told: str) -> None:
     """Answer for each job with a line of JSON."""
     wanted = json.loads(Path(asked).read_text(encoding="utf-8"))
     die_with_parent(wanted["parent"])
+    remembered = lru_cache(maxsize=4)(prepare)  # jobs of one source often ask for the same captions
     with Path(told).open("a", encoding="utf-8") as out:
         for row in wanted["jobs"]:
-            planned = _plan(Path(row["recipe"]), row["overrides"], wanted["here"])
+            planned = _plan(Path(row["recipe"]), row["overrides"], wanted["here"], remembered)
             out.write(json.dumps(asdict(planned)) + "\n")
             out.flush()
 
 
-def _plan(path: Path, overrides: list[str], here: bool) -> Planned:
+def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Planned:
     from pipeline import recipe as recipes
 
     output = source = None
     try:
         recipe = recipes.load(path, overrides)
         output, source = str(Path(recipe.output).expanduser().absolute()), recipe.model.source
-        return _facts(recipe, here)
+        return _facts(recipe, here, prepare)
     except PipelineError as error:
         return Refusal(error.kind, str(error), output, source)
     except OSError as error:
@@ -213,7 +216,7 @@ def _plan(path: Path, overrides: list[str], here: bool) -> Planned:
         return Refusal(refused.kind, str(refused), output, source)
 
 
-def _facts(recipe: Recipe, here: bool) -> Facts:
+def _facts(recipe: Recipe, here: bool, prepare: Prepare) -> Facts:
     from pipeline import runner
     from pipeline.calibration.machine import total_memory
     from pipeline.checkpoint import hub
@@ -224,10 +227,10 @@ def _facts(recipe: Recipe, here: bool) -> Facts:
     checkpoint = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
     free = True  # enough of it, now
     try:
-        plan = make_plan(recipe if here else _anywhere(recipe), checkpoint)
+        plan = make_plan(recipe if here else _anywhere(recipe), checkpoint, prepare)
     except (DiskFull, OutOfMemory):  # another process has it, or an earlier job of this batch: the job may wait
         free = False
-        plan = make_plan(_anywhere(recipe, "cpu", "host"), checkpoint)
+        plan = make_plan(_anywhere(recipe, "cpu", "host"), checkpoint, prepare)
     already = False
     try:
         already = runner.preflight(plan)
@@ -324,3 +327,4 @@ def _done(plan: Plan) -> float:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    os._exit(0)  # all is written; taking torch down would take a second
