@@ -41,11 +41,15 @@ def mounted(tmp_path: Path) -> Iterator[Any]:
 def test_too_little_disk_is_refused_before_the_first_byte(
     mounted: Any, tmp_path: Path, quantize: Any, write_recipe: Any
 ) -> None:
-    disk = mounted("size=12m")
-    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"), disk / "out")
-    for command in ([], ["plan"]):
-        assert_one_clear_line(quantize(*command, recipe), 1, "free", "needed for the result", "choose another output")
-    assert list(disk.iterdir()) == []
+    """A drive that is too small as a whole, and one that something else fills."""
+    small, full = mounted("size=12m"), mounted("size=40m")
+    (full / "filler").write_bytes(b"x" * (30 << 20))
+    source = make_plain_checkpoint(tmp_path / "source")
+    for disk, words in ((small, ("the whole drive has",)), (full, ("free", "choose another output"))):
+        recipe = write_recipe(source, disk / "out")
+        for command in ([], ["plan"]):
+            assert_one_clear_line(quantize(*command, recipe), 1, "needed for the result", *words)
+    assert list(small.iterdir()) == [] and [path.name for path in full.iterdir()] == ["filler"]
 
 
 def test_a_disk_that_fills_up_and_is_mended(mounted: Any, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:

@@ -330,6 +330,8 @@ class Queue:
     def _ended(self, name: str, ending: Ending) -> None:
         record, facts = self.records[name], self.facts[name]
         self._keep_log(name, ending)
+        if self.stopping is not None and ending.kind == "interrupted":
+            ending.kind = "stopped"  # as it was asked to: no preemption, which a night has a limit for
         self.ledger.end(name, ending)
         attempt = record.attempts[-1]
         for note in ending.notes:
@@ -341,7 +343,7 @@ class Queue:
                 if record.whole and attempt.informed and attempt.ended is not None:
                     self.forecaster.judge(attempt.forecast, attempt.ended - attempt.began)
                 self._learn(record, replace(facts, done=0.0))
-            case _ if self.stopping is not None and ending.kind in ("interrupted", "late", "killed", "crashed", "busy"):
+            case _ if self.stopping is not None and ending.kind in ("stopped", "late", "killed", "crashed", "busy"):
                 self.ledger.settle(name, "left", self.stopping, ending.reason)
             case "late":
                 self.ledger.settle(name, "left", "window", ending.reason)
