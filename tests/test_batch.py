@@ -133,7 +133,7 @@ FACTS = Facts(
     text="", source="s", revision=None, to_fetch=0, backend="modelopt", scheme="fp8", kv_cache="fp8",
     verify="structure", output="/o", source_bytes=10**9, output_bytes=6 * 10**8, peak_memory=10**9, disk=7 * 10**8,
     work=None, scratch=0, read_bytes=2 * 10**8, layer_bytes=8 * 10**8, layers=10, tokens=10_000, batches=10,
-    device="cpu", gpu=False, batch_tokens=4096, threads=2, done=0.0, already=False, notes=(),
+    device="cpu", gpu=False, batch_tokens=4096, threads=2, done=0.0, already=False,
 )  # fmt: skip
 
 
@@ -464,63 +464,49 @@ def test_a_job_that_is_killed_for_ever(tmp_path: Path, captions: Path, small_mod
 
 
 @pytest.mark.mount
-def test_a_full_disk_is_waited_for(tmp_path: Path, night: Callable[..., Night]) -> None:
+def test_a_full_disk_is_waited_for(mounted: Any, night: Callable[..., Night]) -> None:
     """One job's drive is full: others go on; space comes, and it does; without, it fails in its class."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
-        both = night(here=1, there=2)
-        recipe = both.recipes / "there.yaml"
-        recipe.write_text(recipe.read_text().replace(str(both.output("there")), str(disk / "there")))
-        filler = disk / "filler"
-        with filler.open("wb") as file:
-            file.write(b"x" * (390 << 20))
-        assert both.start("--disk-wait", "2s").wait(60) == 1
-        jobs = both.jobs()
-        assert jobs["here"]["status"] == "published" and "waits for space" in both.said()
-        assert (jobs["there"]["status"], jobs["there"]["class"]) == ("failed", "disk")
-        assert not (disk / "there").exists()
-        process = both.start("--disk-wait", "1h")
-        nights.wait_for(lambda: both.said().count("waits for space") > 1, 60, "it does not wait")
-        filler.unlink()
-        assert process.wait(60) == 0, both.said()
-        assert (disk / "there").is_dir()
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+    disk = mounted("size=400m")
+    both = night(here=1, there=2)
+    recipe = both.recipes / "there.yaml"
+    recipe.write_text(recipe.read_text().replace(str(both.output("there")), str(disk / "there")))
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        file.write(b"x" * (390 << 20))
+    assert both.start("--disk-wait", "2s").wait(60) == 1
+    jobs = both.jobs()
+    assert jobs["here"]["status"] == "published" and "waits for space" in both.said()
+    assert (jobs["there"]["status"], jobs["there"]["class"]) == ("failed", "disk")
+    assert not (disk / "there").exists()
+    process = both.start("--disk-wait", "1h")
+    nights.wait_for(lambda: both.said().count("waits for space") > 1, 60, "it does not wait")
+    filler.unlink()
+    assert process.wait(60) == 0, both.said()
+    assert (disk / "there").is_dir()
 
 
 @pytest.mark.mount
-def test_the_batchs_own_drive_is_full(tmp_path: Path, night: Callable[..., Night]) -> None:
+def test_the_batchs_own_drive_is_full(mounted: Any, tmp_path: Path, night: Callable[..., Night]) -> None:
     """Ledger, logs and report have no room left in the middle of the night; the jobs, elsewhere, go on."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
-        small = night(**{f"job{number}": 1 for number in range(5)})
-        with (tmp_path / "said.txt").open("w") as said:
-            process = subprocess.Popen(
-                [*QUANTIZE, "batch", small.recipes, "--directory", disk / "night", "--disk-wait", "1s"],
-                stdout=said, stderr=said, cwd=tmp_path,
-            )  # fmt: skip
-        nights.wait_for(lambda: small.output("job0").exists(), 60, "it does not begin")
-        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-            while True:
-                file.write(b"x" * 4096)
-        status = process.wait(120)
-        published = [name for name in ("job0", "job1", "job2", "job3", "job4") if small.output(name).exists()]
-        assert "Traceback" not in small.said() and status in (0, 1), small.said()
-        assert (disk / "filler").exists() and published
-        (disk / "filler").unlink()
-        again = [*QUANTIZE, "batch", small.recipes, "--directory", disk / "night"]
-        assert subprocess.run(again, cwd=tmp_path, stdout=subprocess.DEVNULL).returncode == 0
-        assert all(small.output(f"job{number}").is_dir() for number in range(5))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+    disk = mounted("size=2m")
+    small = night(**{f"job{number}": 1 for number in range(5)})
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen(
+            [*QUANTIZE, "batch", small.recipes, "--directory", disk / "night", "--disk-wait", "1s"],
+            stdout=said, stderr=said, cwd=tmp_path,
+        )  # fmt: skip
+    nights.wait_for(lambda: small.output("job0").exists(), 60, "it does not begin")
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    status = process.wait(120)
+    published = [name for name in ("job0", "job1", "job2", "job3", "job4") if small.output(name).exists()]
+    assert "Traceback" not in small.said() and status in (0, 1), small.said()
+    assert (disk / "filler").exists() and published
+    (disk / "filler").unlink()
+    again = [*QUANTIZE, "batch", small.recipes, "--directory", disk / "night"]
+    assert subprocess.run(again, cwd=tmp_path, stdout=subprocess.DEVNULL).returncode == 0
+    assert all(small.output(f"job{number}").is_dir() for number in range(5))
 
 
 def test_two_large_ones_never_fill_the_disk_together(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,6 @@ from pipeline.journal import JOURNAL
 from tests.conftest import QUANTIZE, ROOT, all_tensors, assert_one_clear_line, make_plain_checkpoint
 
 pytestmark = pytest.mark.mount
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Any]:
-    """Mounts a tmpfs; skips, saying so, where that is not allowed."""
-    points: list[Path] = []
-
-    def mount(options: str) -> Path:
-        point = tmp_path / f"disk{len(points)}"
-        point.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", point], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        points.append(point)
-        return point
-
-    yield mount
-    for point in points:
-        subprocess.run(["umount", "-l", point], check=True)
 
 
 def test_too_little_disk_is_refused_before_the_first_byte(

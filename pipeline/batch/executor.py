@@ -138,7 +138,7 @@ class Local:
         for path, nbytes in _claims(facts):
             own[_drive(path)] += nbytes
         return all(
-            own[_drive(path)] + promised[_drive(path)] + DISK_RESERVE <= shutil.disk_usage(_existing(path)).free
+            own[_drive(path)] + promised[_drive(path)] + DISK_RESERVE <= shutil.disk_usage(existing(path)).free
             for path, _ in _claims(facts)
         )
 
@@ -147,7 +147,7 @@ class Local:
         drive = _drive(place)
         claims = [claim for entry in self._running.values() for claim in _claims(entry.facts)]
         promised = sum(size for path, size in claims if _drive(path) == drive)
-        return nbytes + promised + DISK_RESERVE <= shutil.disk_usage(_existing(place)).free
+        return nbytes + promised + DISK_RESERVE <= shutil.disk_usage(existing(place)).free
 
     def start(self, asked: Asked, facts: Facts, place: Path) -> None:
         """See `Executor`."""
@@ -283,11 +283,12 @@ def _claims(facts: Facts) -> list[tuple[Path, int]]:
     return [*found, (Path(facts.work), facts.scratch)] if facts.work is not None else found
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The nearest place of a path that is there: the drive that it will be on."""
     while not path.exists():
         path = path.parent
     return path
 
 
 def _drive(path: Path) -> int:
-    return _existing(path).stat().st_dev
+    return existing(path).stat().st_dev

@@ -60,7 +60,6 @@ class Facts:
         threads: that it computes with.
         done: the share of the result that a stopped run has finished.
         already: it is published, by an identical run.
-        notes: the plan's warnings.
     """
 
     text: str
@@ -89,7 +88,6 @@ class Facts:
     threads: int
     done: float
     already: bool
-    notes: tuple[str, ...]
 
     @property
     def partial(self) -> Path:
@@ -104,7 +102,6 @@ class Refusal:
     kind: str
     reason: str
     output: str | None = None
-    source: str | None = None
 
 
 Planned = Facts | Refusal
@@ -164,7 +161,7 @@ def plan_all(
 def _from_json(row: dict[str, Any]) -> Planned:
     if "kind" in row:
         return Refusal(**row)
-    return Facts(**{**row, "notes": tuple(row["notes"])})
+    return Facts(**row)
 
 
 def _without_clashes(jobs: Sequence[Job], found: dict[str, Planned]) -> dict[str, Planned]:
@@ -182,7 +179,7 @@ def _without_clashes(jobs: Sequence[Job], found: dict[str, Planned]) -> dict[str
             taken[output] = job.name
             continue
         reason = f"output: {output} is, or overlaps with, the output of {clash} in this batch; choose another"
-        found[job.name] = Refusal("recipe", reason, facts.output, facts.source)
+        found[job.name] = Refusal("recipe", reason, facts.output)
     return found
 
 
@@ -204,16 +201,16 @@ def main(asked: str, told: str) -> None:
 def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Planned:
     from pipeline import recipe as recipes
 
-    output = source = None
+    output = None
     try:
         recipe = recipes.load(path, overrides)
-        output, source = str(Path(recipe.output).expanduser().absolute()), recipe.model.source
+        output = str(Path(recipe.output).expanduser().absolute())
         return _facts(recipe, here, prepare)
     except PipelineError as error:
-        return Refusal(error.kind, str(error), output, source)
+        return Refusal(error.kind, str(error), output)
     except OSError as error:
         refused = from_os_error(error, "planning it")
-        return Refusal(refused.kind, str(refused), output, source)
+        return Refusal(refused.kind, str(refused), output)
 
 
 def _facts(recipe: Recipe, here: bool, prepare: Prepare) -> Facts:
@@ -279,7 +276,6 @@ def _facts(recipe: Recipe, here: bool, prepare: Prepare) -> Facts:
         threads=plan.threads,
         done=_done(plan),
         already=already,
-        notes=plan.warnings,
     )
 
 

@@ -470,9 +470,8 @@ class Queue:
             "BATCH_FAILED": str(counts["failed"] + counts["refused"]),
             "BATCH_LEFT": str(counts["left"] + counts["waiting"] + counts["running"]),
             "BATCH_EXIT_STATUS": "" if self.exit_status is None else str(self.exit_status),
-            **more,
+            **{key: value.replace("\0", " ")[:MOST_TEXT] for key, value in more.items()},
         }
-        environment = {key: value.replace("\0", " ")[:MOST_TEXT] for key, value in environment.items()}
         try:
             process = subprocess.Popen(
                 command,

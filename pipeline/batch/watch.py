@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.batch import morning
+from pipeline.batch.executor import existing
 from pipeline.batch.ledger import FILE, Attempt, Record, fold, is_running
 from pipeline.batch.planning import Facts
 from pipeline.batch.progress import Progress
@@ -205,10 +206,10 @@ def _disk_lines(todo: list[Facts]) -> list[str]:
 
     drives: dict[int, list[Facts]] = {}
     for facts in todo:
-        drives.setdefault(_existing(facts).stat().st_dev, []).append(facts)
+        drives.setdefault(existing(Path(facts.output)).stat().st_dev, []).append(facts)
     lines = []
     for group in drives.values():
-        place = _existing(group[0])
+        place = existing(Path(group[0].output))
         needed, free = sum(facts.output_bytes for facts in group), shutil.disk_usage(place).free
         if needed > free:
             lines.append(
@@ -216,13 +217,6 @@ def _disk_lines(todo: list[Facts]) -> list[str]:
                 "not fit waits for space"
             )
     return lines
-
-
-def _existing(facts: Facts) -> Path:
-    path = Path(facts.output)
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _rows(queue: Queue, progress: Mapping[str, Progress]) -> list[dict[str, Any]]:
