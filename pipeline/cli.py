@@ -71,6 +71,8 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
     from pipeline.report.console import Console
 
     console = Console()
+    if smoke and fresh:
+        _fail(UsageError("--fresh: it belongs to a whole run; --smoke never touches the output"))
     if smoke:
         from pipeline import smoke as smokes
 
@@ -78,6 +80,8 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
         console.show_smoke(done)
         if not done.report.passed:
             sys.exit(1)
+        if done.refusals:
+            sys.exit(UsageError.exit_status)
         return
     if keep:
         _fail(UsageError("--keep: it belongs to --smoke"))
@@ -141,7 +145,7 @@ def verify(
     console = Console()
 
     def check() -> Any:
-        found = None if level == "structure" else server.find(vllm_python)
+        found = None if level == "structure" else server.find(vllm_python, "--vllm-python")
         original = hub.resolve(source, revision) if source else None
         say = (lambda text: None) if as_json else console.say
         with server.Session(found) if found is not None else nullcontext() as session:

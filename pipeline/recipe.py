@@ -23,6 +23,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
 )
@@ -80,13 +81,42 @@ class Quality(Section):
 class RopeScaling(Section):
     """YaRN, for contexts longer than the model was trained on."""
 
-    factor: float = Field(gt=1)
+    factor: float = Field(gt=1, le=1000)
     original_max_position_embeddings: int = Field(ge=1, description="Positions before scaling, e.g. 32768.")
 
     @field_validator("factor", mode="before")
     @classmethod
     def _whole(cls, value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class PromptLimits(Section):
+    """How many of each a request may hold; 0 refuses them."""
+
+    image: int | None = Field(None, ge=0)
+    video: int | None = Field(None, ge=0)
+    audio: int | None = Field(None, ge=0)
+
+
+# Arguments of vllm serve that the profile works out and checks, and what to write instead; see `Serve.extra`
+_KEPT = {
+    "config": "it would be another profile than the one that is checked; put its arguments here",
+    "gpu-memory-utilization": "use serve.gpu_memory_utilization",
+    "hf-overrides": "serve.rope_scaling is written there, and one would undo the other; leave one of them out",
+    "kv-cache-dtype": "use serve.kv_cache_dtype",
+    "kv-cache-memory-bytes": "vLLM would no longer heed its share of the GPU; use serve.gpu_memory_utilization",
+    "limit-mm-per-prompt": "use serve.limit_mm_per_prompt",
+    "max-model-len": "use serve.max_model_len",
+    "max-num-seqs": "use serve.max_num_seqs",
+    "model": "the profile is for the result alone, which the command line names",
+    "rope-parameters": "use serve.rope_scaling",
+    "rope-scaling": "use serve.rope_scaling",
+    "rope-theta": "the model's own is kept; use serve.rope_scaling for longer contexts",
+    "served-model-name": "use serve.served_model_name",
+    "tensor-parallel-size": "use serve.tensor_parallel_size",
+    "tp": "use serve.tensor_parallel_size",
+}
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # YAML ends a comment at some of them
 
 
 class Serve(Section):
@@ -97,10 +127,14 @@ class Serve(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     max_model_len: int | None = Field(None, ge=1, description="Tokens; null: the model's limit, 32768 at most.")
     max_num_seqs: int | None = Field(None, ge=1, description="Requests at once; null: vLLM's own.")
-    limit_mm_per_prompt: dict[str, int] | None = Field(None, description="For VLMs; null: four images and no video.")
-    kv_cache_dtype: str | None = Field(None, description="null: fp8 where the checkpoint holds KV scales.")
+    limit_mm_per_prompt: PromptLimits | None = Field(
+        None, description="For models that see or hear; null: four images and no video."
+    )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "bfloat16"] | None = Field(
+        None, description="null: fp8 where the checkpoint holds KV scales."
+    )
     rope_scaling: RopeScaling | None = None
-    served_model_name: str | None = Field(None, description="null: the output's name.")
+    served_model_name: str | None = Field(None, min_length=1, description="null: the output's name.")
     extra: dict[str, Any] = Field({}, description="Other arguments of vllm serve, by their names without dashes.")
 
     @field_validator("gpu_memory")
@@ -116,6 +150,82 @@ class Serve(Section):
         if value > 0.98:
             raise ValueError("a GPU that is filled to the brim fails under load; 0.92 is usual, 0.98 the most")
         return value
+
+    @field_validator("kv_cache_dtype", mode="before")
+    @classmethod
+    def _has_scales(cls, value: Any) -> Any:
+        if value == "fp8_e5m2":
+            raise ValueError("vLLM refuses that cache for FP8 checkpoints, whose scales are for fp8_e4m3; use fp8")
+        return value
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and (why := name_problem(value)):
+            raise ValueError(why)
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _others(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, argument in value.items():
+            key = _argument(name)
+            if key in made:
+                raise ValueError(f"{name}: this argument is here twice")
+            if why := _kept(key, info.data.get("rope_scaling") is not None):
+                raise ValueError(f"{name}: {why}")
+            if why := _value_problem(argument):
+                raise ValueError(f"{name}: {why}")
+            made[key] = argument
+        return made
+
+
+def name_problem(name: str) -> str | None:
+    """What keeps a text from being a served name, or from a line of a profile's head; None where nothing does."""
+    if name.startswith("-"):
+        return "vLLM would read a name that begins with a dash as an option; choose another"
+    return "it holds a control character; a name is plain text" if _UNPRINTABLE.search(name) else None
+
+
+def _argument(name: str) -> str:
+    """An argument's name as vLLM spells it: ``--Max_Num_Seqs`` is max-num-seqs; after a dot it is kept as it is."""
+    head, dot, rest = name.lstrip("-").partition(".")
+    head = head.replace("_", "-").lower()
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", head) or not re.fullmatch(r"[\w.+-]*", rest):
+        raise ValueError(
+            f"{name!r} is no argument's name; write it as vllm serve --help does, without dashes before it"
+        )
+    return head + dot + rest
+
+
+def _kept(key: str, scaled: bool) -> str | None:
+    """Why an argument is not the recipe's to pass on. vLLM takes the beginning of a name for the whole, too."""
+    head = key.partition(".")[0]
+    for name, why in _KEPT.items():
+        if name.startswith(head) and (name != "hf-overrides" or scaled):
+            return why if head == name else f"vLLM would take it for {name}: {why}"
+    return None
+
+
+def _value_problem(value: Any) -> str | None:
+    """What is wrong with an argument's value: vLLM makes words of plain values and lists, and JSON of mappings."""
+    if value is None or value == []:
+        return "it has no value; give it one, or leave it out"
+    if isinstance(value, list) and any(isinstance(item, list | dict) or item is None for item in value):
+        return "a list holds words or numbers; anything deeper is no list that vLLM reads"
+    return _json_problem(value)
+
+
+def _json_problem(value: Any, depth: int = 0) -> str | None:
+    if isinstance(value, dict | list):
+        if depth > 20:
+            return "it is nested too deeply"
+        inner = value.values() if isinstance(value, dict) else value
+        return next((why for item in inner if (why := _json_problem(item, depth + 1))), None)
+    if isinstance(value, int | float) and not abs(value) < 2**63:  # nor inf, nor nan
+        return "a number here is finite, and of 64 bits at most"
+    return None if value is None or isinstance(value, str | int | float) else f"{value!r} is no plain value"
 
 
 class ModelOptOptions(Section):

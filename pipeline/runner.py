@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +22,7 @@ from pipeline import __version__
 from pipeline.calibration.hidden import Scratch
 from pipeline.calibration.layers import Calibrated, run_layers
 from pipeline.checkpoint import hub, sidecars
+from pipeline.checkpoint.source import read_json
 from pipeline.checkpoint.writer import lost_shards, publish, sync_all, sync_directory, write_file
 from pipeline.errors import (
     Interrupted,
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from pipeline.report.console import Console
 
 T = TypeVar("T")
+EARLY = 1 << 30  # bytes of a source from which on a start of vLLM, for the profile alone, is little beside the work
 LIBRARIES = ("compressed-tensors", "llmcompressor", "nvidia-modelopt", "safetensors", "torch", "transformers")
 
 
@@ -87,7 +92,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
     with _stop_on_signals() as stop:
         plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
         if preflight(plan, fresh):
-            return Outcome(output, True, _layers(output), Totals(), None)
+            return _published(plan, output, console)
         server = find_server(recipe)
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
@@ -100,7 +105,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
                 Scratch(plan, partial).clear()
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
                 discard(partial)
-                return Outcome(output, True, _layers(output), Totals(), None)
+                return _published(plan, output, console)
             totals, report, calibrated = _convert(plan, journal, console, stop, server)
             findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
@@ -166,6 +171,110 @@ def how_verified(recipe: Recipe, server: Server | None) -> str:
     return f"verify: {recipe.verify}, in {server.name}"
 
 
+def _published(plan: Plan, output: Path, console: Console) -> Outcome:
+    """A result that is there already, with the serving profile and as far proven as this recipe asks.
+
+    Neither is part of a run's identity: nothing is converted again for them.
+
+    Raises:
+        PipelineError: a small file is not what the run wrote.
+        VerificationFailed: the result does not pass what it was not asked to pass before.
+    """
+    changed = sidecars.changed_files(output) if (output / sidecars.FILES).exists() else []
+    changed = [line for line in changed if not line.startswith(f"{profile.FILE}: ")]  # that is written here, if need be
+    if changed:
+        raise PipelineError(f"{output}: {changed[0]}; put it back, or make the result again with --fresh")
+    _write_profile(plan, output, console)
+    report = _prove_further(plan, output, console)
+    return Outcome(output, True, _layers(output), Totals(), report)
+
+
+def _prove_further(plan: Plan, output: Path, console: Console) -> Report | None:
+    """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
+    path, levels = output / "quantize" / "verify.json", ("structure", "load", "generate")
+    try:
+        before = read_json(path)
+    except PipelineError:
+        before = {}
+    asked = before.get("asked", before.get("level"))
+    server = find_server(plan.recipe)
+    far = asked in levels and levels.index(asked) >= levels.index(plan.recipe.verify)
+    if before.get("passed") and (plan.recipe.verify == "structure" or server is None or (far and before.get("vllm"))):
+        return None
+    with Session(server) if server is not None else nullcontext() as session:
+        report = verify(output, plan.checkpoint, plan.recipe.verify, session, say=console.say)
+    report.checkpoint = output.name
+    _work(f"writing {path}", lambda: write_file(path, _json(report.as_json())))
+    if not report.passed:
+        listed = "\n".join(f"  {problem}" for problem in report.problems[:20])
+        raise VerificationFailed(
+            f"{output}: it is published, but fails verification; do not serve it, make it again with --fresh:\n{listed}"
+        )
+    return report
+
+
+def _write_profile(plan: Plan, output: Path, console: Console) -> None:
+    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
+    path, files = output / profile.FILE, output / sidecars.FILES
+    recorded = json.loads(files.read_text(encoding="utf-8")) if files.exists() else {}
+    wanted = {profile.FILE: hashlib.sha256(text.encode()).hexdigest()}
+    stale = profile.FILE in recorded and recorded[profile.FILE] != wanted[profile.FILE]
+    if stale or not path.exists() or path.read_text(encoding="utf-8") != text:
+        server = find_server(plan.recipe)
+        said = "" if server is None else f", which {server.name} takes"
+        if server is not None:
+            with Session(server) as session:
+                answer = _hold_against(session, text, output)
+            if answer["error"]:
+                said = f"; it was not held against {server.name}: {answer['error']}"
+            elif answer["problem"]:
+                raise UsageError(
+                    f"serve: {server.name} refuses the profile: {answer['problem']}; {path} stays as it was"
+                )
+        _work(f"writing {path}", lambda: write_file(path, text.encode()))
+        if profile.FILE in recorded:
+            _work(f"writing {files}", lambda: write_file(files, _json(recorded | wanted)))
+        console.say(f"{path}: written anew, as the recipe's serve section now says{said}")
+
+
+def _hold_against(session: Session, text: str, checkpoint: Path) -> dict[str, Any]:
+    """A profile against the arguments of a vLLM; see in_vllm/arguments.py. Of the checkpoint the config is read."""
+    with tempfile.TemporaryDirectory(prefix="profile-") as place:
+        path = Path(place) / Path(profile.FILE).name
+        path.write_text(text, encoding="utf-8")
+        (answer,) = session.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(checkpoint.absolute())}])
+    return answer
+
+
+@contextmanager
+def _profile_in_time(plan: Plan, server: Server | None) -> Iterator[Callable[[], None]]:
+    """Beside long work: vLLM's word on the profile, seconds after the start and not hours later.
+
+    Yields:
+        What raises UsageError once vLLM has refused it; a run that is short learns it from the verification.
+    """
+    if server is None or plan.read_nbytes < EARLY:
+        yield lambda: None
+        return
+    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
+    with ThreadPoolExecutor(1, thread_name_prefix="profile") as beside, ExitStack() as running:
+        # begun here: Linux ends vLLM's process with the thread that started it
+        session = running.enter_context(Session(server)).begin()
+        asked = beside.submit(_hold_against, session, text, plan.checkpoint.root)
+
+        def look() -> None:
+            if not asked.done():
+                return
+            running.close()  # gives its memory back
+            answer = asked.result() if asked.exception() is None else {}
+            if not answer.get("error") and (problem := answer.get("problem")):
+                raise UsageError(
+                    f"serve: {server.name} refuses the profile: {problem}; mend it and run the same command to go on"
+                )
+
+        yield look
+
+
 def _convert(
     plan: Plan, journal: Journal, console: Console, stop: Stop, server: Server | None
 ) -> tuple[Totals, Report, Calibrated | None]:
@@ -183,7 +292,16 @@ def _convert(
             )
             log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
         calibrated: Calibrated | None = None
-        with console.progress(plan, journal) as on_progress, stop.deferred():
+        with (
+            _profile_in_time(plan, server) as look,
+            console.progress(plan, journal) as show_progress,
+            stop.deferred(),
+        ):
+
+            def on_progress(label: str, nbytes: int) -> None:
+                show_progress(label, nbytes)
+                look()
+
             doing = f"streaming into {partial}"
             totals = _work(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
             if stop.requested.is_set() and len(journal.done) < plan.units:

@@ -7,28 +7,31 @@ never touched.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import runner
-from pipeline.calibration.batches import Batches
+from pipeline.calibration.machine import import_libraries
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.source import INDEX, Checkpoint, Tensor
-from pipeline.errors import PipelineError, UsageError
+from pipeline.doctor.drives import measure_read, nearest
+from pipeline.errors import DiskFull, Interrupted, PipelineError, UsageError, VerificationFailed, from_os_error
 from pipeline.events import read_events
 from pipeline.model.selection import select, text_config
 from pipeline.plan import Plan, make_plan, size_text
 from pipeline.serving.server import Session
-from pipeline.serving.structure import Report
+from pipeline.serving.structure import Report, check_structure
 from pipeline.serving.verify import verify
 
 if TYPE_CHECKING:
@@ -36,8 +39,10 @@ if TYPE_CHECKING:
     from pipeline.report.console import Console
 
 LAYERS, SAMPLES, MAX_LENGTH = 2, 32, 512
+LARGE_LAYER = 400 << 20  # an 8B's; a smaller layer runs more captions in the same time, and tells more of the pace
 GPU_SAMPLES = 4096  # a GPU runs them in the time that reading a layer takes, and few would tell nothing of its pace
 CHUNK = 64 << 20
+MARGIN = 16 << 20  # small files, records, file system
 
 
 @dataclass
@@ -49,6 +54,7 @@ class Forecast:
         memory: peak of this process that was measured, and the plan's bound for the whole run, in bytes.
         disk: of the result, and of hidden states while it runs, in bytes.
         device: of the GPU's memory at most, in bytes; 0 without one.
+        reading: bytes a second that the source's drive gives, past the page cache.
     """
 
     seconds: float
@@ -56,6 +62,7 @@ class Forecast:
     memory: tuple[int, int] = (0, 0)
     disk: tuple[int, int] = (0, 0)
     device: int = 0
+    reading: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
         keep: leave the truncated source and result where they are, to look at.
 
     Raises:
-        PipelineError: what would stop the whole run as well; nothing is left behind then.
+        PipelineError: what would stop the whole run as well; it says what became of the place.
     """
     begin = time.monotonic()
     whole = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
@@ -101,67 +108,181 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
             runner.preflight(plan)
         except PipelineError as error:
             refusals.append(str(error))
-        place = _place(recipe, plan)
-        try:
-            layers, report, forecast = _in(place, recipe, plan, session, console)
-        finally:
-            if not keep:
-                shutil.rmtree(place, ignore_errors=True)
+        parent = _parent(recipe, plan)
+        _sweep(recipe, parent, console)
+        layers = layers_to_keep(plan)
+        kept = [tensor for tensor in plan.checkpoint.tensors.values() if _layer(tensor, plan) < layers]
+        _refuse_too_little_room(parent, kept, plan)
+        with _lent(recipe, parent, keep) as place:
+            report, forecast = _in(place, recipe, plan, kept, session, console)
     counts = (layers, plan.selection.layers)
     return Smoke(counts, report, forecast, tuple(refusals), place if keep else None, time.monotonic() - begin)
 
 
 def _in(
-    place: Path, recipe: Recipe, plan: Plan, session: Session | None, console: Console
-) -> tuple[int, Report, Forecast | None]:
+    place: Path, recipe: Recipe, plan: Plan, kept: list[Tensor], session: Session | None, console: Console
+) -> tuple[Report, Forecast | None]:
     layers = layers_to_keep(plan)
-    kept = [tensor for tensor in plan.checkpoint.tensors.values() if _layer(tensor, plan) < layers]
     shards = {plan.checkpoint.shards[tensor.shard].name for tensor in kept}
     source = hub.complete(plan.checkpoint, sorted(shards))
-    copying = time.monotonic()
-    nbytes = truncate(source, kept, layers, place / "source")
-    copy_rate = nbytes / (time.monotonic() - copying)
+    reading = _reading_rate(source)
+    small = _small(recipe, place, plan, layers)
+    cut = Path(small.model.source)
+    nbytes = truncate(source, kept, layers, cut)
     console.say(
         f"smoke: {layers} of {plan.selection.layers} layers, {size_text(nbytes)} of {size_text(source.nbytes)}, "
         f"in {place}"
     )
-    outcome = runner.run(_small(recipe, place, plan, layers), console, announce=False)
+    imports = plan.calibration.imports + import_libraries(plan.backend.name) if plan.calibration is not None else 0.0
+    if session is not None:
+        session.run([])  # until vLLM is imported: what is measured next would share the cores with that
+    try:
+        outcome = runner.run(small, console, announce=False)
+    except VerificationFailed:  # it says where the result stays, which here is for `_lent` to decide
+        report = check_structure(runner.places(small)[1], hub.resolve(small.model.source, None))
+        report.checkpoint = Path(recipe.output).name
+        return report, None
     assert outcome.report is not None
     report = outcome.report
     console.say(runner.how_verified(recipe, session.server if session is not None else None))
     if session is not None:
-        truncated = hub.resolve(str(place / "source"), None)
+        truncated = hub.resolve(small.model.source, None)
         report = verify(outcome.output, truncated, "load", session, say=console.say, engine=True)
         report.checkpoint = Path(recipe.output).name
-    return layers, report, _forecast(plan, outcome, copy_rate) if report.passed else None
+    return report, _forecast(plan, outcome, reading, imports) if report.passed else None
 
 
-def _place(recipe: Recipe, plan: Plan) -> Path:
-    """Where the output's drive is, since that is what the forecast is about."""
+# --- the place ---------------------------------------------------------------------------------------
+
+
+def _parent(recipe: Recipe, plan: Plan) -> Path:
+    """On the output's drive, since that is what the forecast is about."""
     wanted = recipe.runtime.work_directory
-    parent = Path(wanted).expanduser().absolute() if wanted else runner.places(recipe)[0].parent
-    while not parent.exists():  # OUTPUT's own parents are the whole run's to make
-        parent = parent.parent
+    # OUTPUT's own parents are the whole run's to make
+    parent = nearest(Path(wanted).expanduser() if wanted else runner.places(recipe)[0].parent)
     root, target = plan.checkpoint.root.resolve(), parent.resolve()
     if target == root or root in target.parents:
         raise UsageError(f"output: {target} lies in the source {root}; the source is never written to")
-    return Path(tempfile.mkdtemp(prefix=f".{Path(recipe.output).name}.smoke-", dir=parent))
+    return parent
+
+
+def _prefix(recipe: Recipe) -> str:
+    return f".{Path(recipe.output).name}.smoke-"
+
+
+def _lock_name(recipe: Recipe) -> str:
+    return f".{Path(recipe.output).name}.lock"
+
+
+@contextmanager
+def _lent(recipe: Recipe, parent: Path, keep: bool) -> Iterator[Path]:
+    """A directory below `parent`, locked, that ends with the context; what fails in it says what became of it."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix=_prefix(recipe), dir=parent))
+    except OSError as error:
+        raise from_os_error(error, f"making a place for the first layers in {parent}") from None
+    lock = place / _lock_name(recipe)
+    held = -1
+    try:
+        # the name appears with the lock: a file that nobody has locked is one that somebody's end has left
+        held = os.open(lock.with_suffix(".new"), os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.with_suffix(".new").rename(lock)
+        yield place
+    except (Interrupted, KeyboardInterrupt):
+        keep = False
+        raise KeyboardInterrupt from None  # there is nothing to go on from
+    except OSError as error:
+        told = from_os_error(error, f"trying the first layers in {place}")
+        told.args = (f"{told}\n  {_fate(place, keep)}",)
+        raise told from None
+    except PipelineError as error:
+        error.args = (f"{error}\n  {_fate(place, keep)}",)
+        raise
+    finally:
+        if keep:
+            lock.unlink(missing_ok=True)  # a place without one is never swept
+        else:
+            _remove(place, lock)
+        if held >= 0:
+            os.close(held)
+
+
+def _fate(place: Path, keep: bool) -> str:
+    return f"kept: {place}" if keep else f"{place} is removed; --keep leaves it to look at"
+
+
+def _remove(place: Path, lock: Path) -> None:
+    """Its lock last, so that what a kill leaves of it can be swept."""
+    with suppress(OSError):
+        for path in place.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != lock:
+                path.unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _sweep(recipe: Recipe, parent: Path, console: Console) -> None:
+    """Remove what killed smoke tests of this output left in `parent`: places whose lock nobody holds."""
+    found: list[Path] = []
+    with suppress(OSError):  # what is wrong with it is told by the next to use it
+        found = [place for place in parent.iterdir() if place.name.startswith(_prefix(recipe))]
+    for place in found:
+        lock = place / _lock_name(recipe)
+        with suppress(OSError):  # gone meanwhile, not ours to open, or held: BlockingIOError
+            held = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(place, lock)
+                console.say(f"removed {place}, which a killed smoke test had left behind")
+            finally:
+                os.close(held)
+
+
+def _refuse_too_little_room(parent: Path, kept: list[Tensor], plan: Plan) -> None:
+    """The copy and its result, before the first byte; hidden states are looked at by the run itself."""
+    result = sum(plan.outputs[name].nbytes for tensor in kept for name in plan.fates[tensor.name].outputs)
+    needed, free = sum(tensor.nbytes for tensor in kept) + result + MARGIN, shutil.disk_usage(parent).free
+    if needed > free:
+        raise DiskFull(
+            f"{parent}: {size_text(free)} free, {size_text(needed)} needed for a copy of the first layers and their "
+            f"result; free {size_text(needed - free)}, or choose another output"
+        )
+
+
+def _reading_rate(source: Checkpoint) -> float:
+    """What the source's drive gives, in bytes a second.
+
+    The copy says nothing of it: the page cache may hold the source, and some file systems share blocks.
+    """
+    largest = max((shard for shard in source.shards if shard.path is not None), key=lambda shard: shard.size)
+    assert largest.path is not None
+    return measure_read(largest.path).speed
+
+
+# --- the recipe of the first layers ------------------------------------------------------------------
 
 
 def _small(recipe: Recipe, place: Path, plan: Plan, layers: int) -> Recipe:
     """The recipe itself, on the truncated source; verification in vLLM comes after it."""
+    name = Path(recipe.output).name
+    source = place / ("source" if name.lower() != "source" else "source-of-it")  # beside the output, and its .partial
     update: dict[str, Any] = {
-        "model": recipe.model.model_copy(update={"source": str(place / "source"), "revision": None}),
-        "output": str(place / Path(recipe.output).name),
+        "model": recipe.model.model_copy(update={"source": str(source), "revision": None}),
+        "output": str(place / name),
         "verify": "structure",
         "ignore": _ignored_there(recipe, plan, layers),
         "runtime": recipe.runtime.model_copy(update={"work_directory": None}),
         "serve": recipe.serve.model_copy(update={"gpu_memory": None}),
     }
     if recipe.calibration is not None and plan.calibration is not None:
-        device = plan.calibration.device
+        largest = max(layer.nbytes for layer in plan.layers)
+        samples = max(SAMPLES, SAMPLES * LARGE_LAYER // largest)
         few = {
-            "samples": min(recipe.calibration.samples, SAMPLES if device.kind == "cpu" else GPU_SAMPLES),
+            "samples": min(
+                recipe.calibration.samples, samples if plan.calibration.device.kind == "cpu" else GPU_SAMPLES
+            ),
             "max_length": min(MAX_LENGTH, recipe.calibration.max_length),
         }
         update["calibration"] = recipe.calibration.model_copy(update=few)
@@ -300,11 +421,10 @@ def truncated_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
 # --- forecast ----------------------------------------------------------------------------------------
 
 
-def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast:
-    """Scale what was measured: bytes by the rates seen, forwards by tokens, layers by their number.
+def _forecast(plan: Plan, outcome: runner.Outcome, reading: float, imports: float) -> Forecast:
+    """Scale what was measured: bytes by the rates seen, forwards by batches and tokens, layers by their number.
 
-    Reading is counted at no more than the rate of the copy from the source itself, since the truncated source was
-    still in the page cache.
+    Reading is counted at no more than the drive's own rate: the truncated source was still in the page cache.
     """
     events = list(read_events(outcome.output / "quantize" / "events.jsonl"))
     parts: dict[str, float] = {}
@@ -312,23 +432,17 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
     if pieces:
         span = max(event["write"][1] for event in pieces) - min(event["read"][0] for event in pieces)
         read = sum(event["bytes_read"] for event in pieces)
-        rate = min(read / max(span, 1e-6), copy_rate)
-        parts["weights that need no data"] = sum(piece.nbytes for piece in plan.pieces) / rate
-    device = 0
+        parts["weights that need no data"] = sum(piece.nbytes for piece in plan.pieces) / min(
+            read / max(span, 1e-6), reading
+        )
+    device = hidden = 0
     runs = [event for event in events if event["event"] == "layer"]
     if runs and plan.calibration is not None:
-        last = runs[-1]  # the first one warms caches and kernels
-        span_of = {stage: last[stage][1] - last[stage][0] for stage in ("load", "quantize", "write")}
-        reading = last["bytes_read"] / copy_rate
-        working = span_of["load"] + _forward_seconds(last, plan.calibration.batches) + span_of["quantize"]
-        nbytes = sum(layer.nbytes for layer in plan.layers)
-        equal = nbytes / max(1, last["bytes_read"])  # layers of this one's size
-        parts["layers"] = max(reading, working, span_of["write"]) * equal
-        parts["imports"] = outcome.calibrated.imports if outcome.calibrated else 0.0
+        parts["layers"] = _layers_seconds(runs, plan, reading)
+        parts["imports"] = imports
         device = max(event["device_bytes"] for event in runs)
         if plan.calibration.place == "device":
             device += plan.calibration.needs.hidden
-    hidden = 0
     if plan.calibration is not None:
         hidden = plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
     return Forecast(
@@ -337,22 +451,55 @@ def _forecast(plan: Plan, outcome: runner.Outcome, copy_rate: float) -> Forecast
         (outcome.totals.peak_rss_bytes, plan.peak_memory),
         (plan.output_nbytes, hidden),
         device,
+        reading,
     )
 
 
-def _forward_seconds(last: dict[str, Any], batches: Batches) -> float:
-    """All forwards of a layer: so much a batch and so much a token, from the smallest and the largest batch.
+def _layers_seconds(runs: list[dict[str, Any]], plan: Plan, reading: float) -> float:
+    """All layers at the pace of those like the last; what the first one took longer, for caches and kernels, once."""
+    assert plan.calibration is not None
+    batches, nbytes = plan.calibration.batches, runs[-1]["bytes_read"]
+    # a layer takes from the end of the one before to its own: what lies between their stages counts as well
+    begins = [runs[0]["load"][0], *(run["quantize"][1] for run in runs)]
+    spans: list[float] = [run["quantize"][1] - begin for begin, run in zip(begins, runs, strict=False)]
+    alike = [number for number, run in enumerate(runs) if run["bytes_read"] == nbytes and (number or len(runs) == 1)]
+    forwards: list[float] = [runs[number]["forward"][1] - runs[number]["forward"][0] for number in alike]
+    around = statistics.median(spans[number] - seconds for number, seconds in zip(alike, forwards, strict=True))
+    if runs[-1].get("timed_batches"):
+        timed = [runs[number]["timed_batches"] for number in alike]
+        forward = forward_seconds(timed, len(batches.batches), batches.tokens)
+    else:  # on a GPU, with nearly as many captions
+        forward = statistics.median(forwards) * batches.tokens / max(1, int(runs[-1]["tokens"]))
+    writing: float = statistics.median(runs[number]["write"][1] - runs[number]["write"][0] for number in alike)
+    count = sum(layer.nbytes for layer in plan.layers) / max(1, nbytes)
+    warming = max(0.0, spans[0] - statistics.median(spans[number] for number in alike))
+    if runs[0]["bytes_read"] != nbytes:  # another kind of layer: it tells nothing of that
+        warming = 0.0
+    seconds: float = max(nbytes / reading, around + forward, writing) * count + warming
+    return seconds
 
-    The whole run's batches are many times larger than a smoke test's. Where batches are not timed (on a GPU, with
-    nearly as many captions), the time of all of them, by tokens. A small batch and a large one say little when they are
-    alike or a machine is busy: a token costs at least a third of what it cost in the largest.
+
+def forward_seconds(layers: Sequence[Sequence[tuple[int, float]]], batches: int, tokens: int) -> float:
+    """The forwards of a layer over all batches: so much a batch and so much a token, neither below nothing.
+
+    Theil and Sen's line, the median over all pairs, which a few batches that something disturbed do not turn.
+
+    Args:
+        layers: tokens and seconds of each batch, the same batches in every layer.
+        batches: of the whole run.
+        tokens: in all of them.
     """
-    timed = sorted(last.get("timed_batches") or [])
-    if not timed:
-        span: float = last["forward"][1] - last["forward"][0]
-        return span * batches.tokens / max(1, int(last["tokens"]))
-    (few, short), (many, long) = timed[0], timed[-1]
-    mean = long / many
-    each = (long - short) / (many - few) if many > few else mean
-    each = min(max(each, mean / 3), mean)
-    return float(each * batches.tokens + max(0.0, long - each * many) * len(batches.batches))
+    points: list[tuple[int, float]] = [
+        (each[0][0], statistics.median(seconds for _, seconds in each)) for each in zip(*layers, strict=True)
+    ]
+    slopes = [
+        (late - early) / (many - few)
+        for number, (few, early) in enumerate(points)
+        for many, late in points[number + 1 :]
+        if many != few
+    ]
+    slope = max(0.0, statistics.median(slopes)) if slopes else 0.0
+    base = statistics.median(seconds - slope * count for count, seconds in points)
+    if base < 0 or not slopes:  # through nothing: all of it is the tokens'
+        base, slope = 0.0, statistics.median(seconds / count for count, seconds in points)
+    return base * batches + slope * tokens

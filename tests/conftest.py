@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.serving import server as servers
+from pipeline.serving.server import Server
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 QUANTIZE = [sys.executable, "-m", "pipeline"]
@@ -199,6 +202,16 @@ def mounted(tmp_path: Path) -> Iterator[Any]:
 
 
 # --- small models of transformers ---------------------------------------------------------------------
+
+
+def real_vllm() -> Server:
+    """The vllm environment of this checkout. A test that needs it is skipped without it, but for scripts/test.sh."""
+    found = servers.find(None)
+    if found is None:
+        say = pytest.fail if os.environ.get("TESTS_NEED_VLLM") else pytest.skip
+        say(f"there is no vLLM here: {servers.HOW_TO_GET}")
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")

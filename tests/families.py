@@ -122,4 +122,6 @@ def save(name: str, directory: Path) -> Path:
                     tensors[key] = tensors[key].transpose(1, 2).contiguous()
             save_file(tensors, path, metadata={"format": "pt"})
     add_tokenizer(directory)
+    if hasattr(model.config, "vision_config"):
+        (directory / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}\n')
     return directory

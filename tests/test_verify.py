@@ -105,7 +105,7 @@ def flip_a_bit(name: str) -> Callable[[Path], None]:
 # name: (damage, sentence, whether the checkpoint alone shows it)
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "no section": (lambda o: edit_config(o, lambda c: c.pop("quantization_config")), "no quantization_config", True),
-    "another method": (lambda o: section(o, quant_method="gptq"), "quant_method 'gptq' is not known", True),
+    "another method": (lambda o: section(o, quant_method="gptq"), "'gptq' is none that this program writes", True),
     "head not ignored": (lambda o: section(o, ignore=["visual.blocks.0.qkv"]), "lm_head: BF16, but the config", True),
     "vision not ignored": (lambda o: section(o, ignore=["lm_head"]), "visual.blocks.0.qkv: BF16, but the config", True),
     "an ignore that matches nothing": (
@@ -113,10 +113,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "an ignore of FP8": (
         lambda o: section(o, ignore=["lm_head", "re:.*q_proj", "visual.blocks.0.qkv"]),
         "q_proj: it is FP8, but the config ignores it", True),
-    "no groups": (lambda o: section(o, config_groups={}), "no group says that Linear weights are FP8", True),
+    "no groups": (lambda o: section(o, config_groups={}), "they do not say that Linear weights are FP8", True),
     "groups of four bits": (
         lambda o: section(o, config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}),
-        "no group says that Linear weights are FP8", True),
+        "they do not say that Linear weights are FP8", True),
     "another format": (lambda o: section(o, format="dense"), "format is 'dense'", True),
     "an ignore that is no list": (lambda o: section(o, ignore=5), "5 is no list", True),
     "an ignore that is no pattern": (lambda o: section(o, ignore=["re:("]), "no regular expression", True),

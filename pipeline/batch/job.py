@@ -218,7 +218,7 @@ def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Repo
             notes.append(f"started over: what was begun differs in {_names(error.fields)}")
         else:
             console.show_outcome(outcome)
-            return outcome.output, outcome.report
+            return outcome.output, None if outcome.already else outcome.report
 
 
 def _names(fields: frozenset[str]) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pipeline.model.skeleton import Layer, Skeleton
 
 SAVE_SECONDS = float(os.environ.get("PIPELINE_SAVE_SECONDS", "30"))  # tests shorten it
+TIMED = 64  # batches of a layer whose seconds its event has, at most
 Span = tuple[float, float]
 
 
@@ -223,9 +224,10 @@ class _Stream:
 
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         batches = self.calibration.batches.batches
-        smallest, largest = (
-            choose(range(len(batches)), key=lambda number: batches[number].tokens) for choose in (min, max)
-        )
+        by_tokens = sorted(range(len(batches)), key=lambda number: batches[number].tokens)
+        # a GPU computes while this goes on; many batches are timed as well by some of all sizes
+        step = -(-len(batches) // TIMED)
+        timed = {*by_tokens[::step], by_tokens[-1]} if self.device.type == "cpu" else set()
 
         def run(number: int) -> Any:
             result = layer.module(hidden.take(number), **calls[number][unit.index])
@@ -236,11 +238,12 @@ class _Stream:
             for number in range(len(calls)):
                 began = time.time()
                 result = run(number)
-                if number in (smallest, largest) and self.device.type == "cpu":  # a GPU computes while this goes on
-                    timing.setdefault("timed_batches", []).append((batches[number].tokens, time.time() - began))
                 finite.logical_and_(result.isfinite().all())
                 hidden.put(number, result)
                 self.seen.forwards += 1
+                if number in timed:
+                    seconds = round(time.time() - began, 6)
+                    timing.setdefault("timed_batches", []).append((batches[number].tokens, seconds))
             self._wait()
             timing["forward"] = (start, time.time())
             if not bool(finite):
@@ -256,8 +259,8 @@ class _Stream:
                 if is_out_of_memory(error):
                     raise OutOfMemory(
                         f"{unit.label}: memory of {self.device.type} ran out with this layer and "
-                        f"{batches[largest].tokens} tokens at once; free some, lower calibration.batch_tokens, or use "
-                        "another runtime.device"
+                        f"{batches[by_tokens[-1]].tokens} tokens at once; free some, lower calibration.batch_tokens, "
+                        "or use another runtime.device"
                     ) from None
                 text = (str(error).strip().splitlines() or [""])[0][:200]
                 if is_device_fault(error):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.source import INDEX, Checkpoint, SourceError
+from pipeline.checkpoint.source import INDEX, Checkpoint, SourceError, read_json
 from pipeline.checkpoint.writer import write_file
 from pipeline.plan import Plan
 
@@ -21,13 +22,32 @@ def carry_files(checkpoint: Checkpoint, target: Path) -> None:
 
     Their hashes are recorded in `FILES`.
     """
-    recorded = {}
-    for name in checkpoint.sidecars:
-        if name != "config.json":
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.root / name, target / name)
-            recorded[name] = hashlib.sha256((target / name).read_bytes()).hexdigest()
-    write_file(target / FILES, (json.dumps(recorded, indent=2) + "\n").encode())
+    carried = [name for name in checkpoint.sidecars if name != "config.json"]
+    for name in carried:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.root / name, target / name)
+    _record(target, {}, carried)
+
+
+def changed_files(root: Path) -> list[str]:
+    """What became of the small files that a run recorded, a sentence each; empty where they are as they were.
+
+    Raises:
+        SourceError: the record itself is damaged.
+    """
+    found = []
+    for name, digest in read_json(root / FILES).items():
+        file = root / name
+        if not file.is_file():
+            found.append(f"{name}: recorded by the run, absent here")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            found.append(f"{name}: it is not the file that the run wrote (SHA-256 differs)")
+    return found
+
+
+def _record(target: Path, before: dict[str, str], names: Iterable[str]) -> None:
+    recorded = {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in names}
+    write_file(target / FILES, (json.dumps({**before, **recorded}, indent=2) + "\n").encode())
 
 
 def config_with(text: str, section: dict[str, Any]) -> str:
@@ -55,7 +75,10 @@ def config_with(text: str, section: dict[str, Any]) -> str:
 
 
 def write_config(plan: Plan, target: Path) -> None:
-    """Write config.json, the source's with the backend's section, and what else the backend writes beside it."""
+    """Write config.json, the source's with the backend's section, and what else the backend writes beside it.
+
+    Their hashes are added to those of `carry_files`.
+    """
     extra = plan.backend.extra_files(plan.checkpoint, plan.selection)
     for name, content in extra.items():
         write_file(target / name, (json.dumps(content, indent=4) + "\n").encode())
@@ -63,6 +86,7 @@ def write_config(plan: Plan, target: Path) -> None:
         text = (plan.checkpoint.root / "config.json").read_text(encoding="utf-8")
         section = plan.backend.config_section(plan.selection)
         write_file(target / "config.json", config_with(text, section).encode())
+    _record(target, json.loads((target / FILES).read_text()), ("config.json", *extra))
 
 
 def write_index(plan: Plan, target: Path) -> None:

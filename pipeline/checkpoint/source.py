@@ -258,16 +258,32 @@ def header_length(start: bytes, size: int, where: str) -> int:
     return length
 
 
+class _Double(ValueError):
+    pass
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Double(next(name for name in names if names.count(name) > 1))
+    return made
+
+
 def parse_header(raw: bytes, where: str, size: int, position: int) -> dict[str, Tensor]:
     """A JSON header of a file of `size` bytes as tensors in the order of their offsets."""
     damaged = "the header is damaged, fetch the file again"
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except _Double as error:
+        raise SourceError(f"{where}: {damaged} ({error} stands twice in it)") from None
     except (ValueError, RecursionError):
-        raise SourceError(f"{where}: {damaged} (it is not JSON)") from None
+        raise SourceError(f"{where}: {damaged} (it is not JSON in UTF-8)") from None
     if not isinstance(header, dict):
         raise SourceError(f"{where}: {damaged} (it is not an object)")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise SourceError(f"{where}: {damaged} (its __metadata__ is no map from text to text)")
     start, entries = 8 + len(raw), []
     for name, entry in header.items():
         try:
@@ -278,7 +294,9 @@ def parse_header(raw: bytes, where: str, size: int, position: int) -> dict[str, 
         if not whole:
             raise SourceError(f"{where}: {damaged} (the entry of {name!r} is malformed)")
         if dtype not in DTYPE_BYTES:
-            raise SourceError(f"{where}: {name} has dtype {dtype!r}, which is not known here; use a BF16 checkpoint")
+            raise SourceError(
+                f"{where}: {name} has dtype {dtype!r}, which is not known here; BF16 checkpoints are what is converted"
+            )
         count = DTYPE_BYTES[dtype]
         for n in shape:
             count *= n

@@ -152,6 +152,8 @@ class Console:
         """The slowest layers, the totals, the verdict and the place."""
         if outcome.already:
             self.say(f"{outcome.output}: done already, by an identical run; --fresh would do it again")
+            if outcome.report is not None:  # it was proven further than it had been
+                self.show_report(outcome.report)
             return
         self.show_layers(outcome.layers, slowest)
         totals = outcome.totals
@@ -177,11 +179,14 @@ class Console:
                 f"{size_text(forecast.disk[0])}"
                 + (f" and {size_text(forecast.disk[1])} of hidden states meanwhile" if forecast.disk[1] else "")
                 + (f"; {size_text(forecast.device)} of the GPU" if forecast.device else "")
+                + f"; the source's drive reads {size_text(forecast.reading)}/s"
             )
         for line in smoke.refusals:
             self.say(f"the whole run would be refused now: {line}")
         if smoke.kept is not None:
             self.say(f"kept: {smoke.kept}")
+        elif not smoke.report.passed:
+            self.say("the first layers and their result are removed; --keep leaves them to look at")
         verdict = "passed" if smoke.report.passed else "FAILED"
         self.say(f"smoke test {verdict}: {smoke.layers[0]} of {smoke.layers[1]} layers in {smoke.seconds:.0f} s")
 

@@ -3,51 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.backends.fp8 import NonFiniteWeight, transpose
 from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.backends.modelopt import fused_groups
+from pipeline.calibration.scales import E4M3_MAX
 from pipeline.checkpoint.reader import read_tensor
-from pipeline.checkpoint.sidecars import FILES
+from pipeline.checkpoint.sidecars import FILES, changed_files
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
-from pipeline.journal import JOURNAL, read_identity, read_pieces
+from pipeline.journal import JOURNAL, Digest, read_identity, read_pieces
 from pipeline.model.selection import Selection, select
-from pipeline.serving.structure import FP8, Report, expected_modules
+from pipeline.serving.layout import FP8, MODELOPT, Method, quantization_section
+from pipeline.serving.structure import WEIGHT_SCALES, Report, expected_modules
 
 CHUNK = 16 << 20
+SMALL = 1000  # codes; a share of fewer says little
+COARSE = 1.05  # times what a weight reaches: scales that are BF16 numbers, rounded up, are within 2^-7
+MOST_OTHER = 0.1  # of a tensor's codes that another device may round otherwise; about 3% were seen
+FAR = 0.1  # of a weight's norm: 8 bits cost about 0.03, a scale that is twice too large 1
 
 
-def check_hashes(result: Checkpoint, report: Report) -> None:
-    """Every byte against the SHA-256 that the run recorded while writing it."""
+def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | None = None) -> str | None:
+    """Every byte against the SHA-256 that the run recorded while writing it; given up when `stop` is set."""
     try:
         pieces = read_pieces(result.root)
     except ValueError:
         report.problems.append(f"{JOURNAL}: it is damaged")
-        return
+        return None
     if pieces is None:
-        report.checked.append("no hashes were recorded for this checkpoint")
-        return
+        return "no hashes were recorded for this checkpoint"
     _check_files(result, report)
+    begins: dict[str, int] = {}  # of each tensor in the run's file; a copy may be laid out anew
+    for piece in pieces:
+        begins[piece.tensor] = min(piece.offset, begins.get(piece.tensor, piece.offset))
     covered: Counter[str] = Counter()
+
+    def differs(piece: Digest) -> bool:
+        digest, tensor = hashlib.sha256(), result.tensors[piece.tensor]
+        for start in range(0, piece.nbytes, CHUNK):
+            if stop is not None and stop.is_set():
+                return False
+            count = min(CHUNK, piece.nbytes - start)
+            digest.update(read_tensor(result, tensor, piece.offset - begins[piece.tensor] + start, count))
+        return digest.hexdigest() != piece.sha256
+
+    here = []
     for piece in pieces:
         tensor = result.tensors.get(piece.tensor)
         if tensor is None:
             report.problems.append(f"{piece.tensor}: recorded by the run, absent here")
-            continue
-        covered[piece.tensor] += piece.nbytes
-        digest = hashlib.sha256()
-        for start in range(0, piece.nbytes, CHUNK):
-            count = min(CHUNK, piece.nbytes - start)
-            digest.update(read_tensor(result, tensor, piece.offset - tensor.offset + start, count))
-        if digest.hexdigest() != piece.sha256:
-            report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
+        elif piece.offset - begins[piece.tensor] + piece.nbytes <= tensor.nbytes:
+            covered[piece.tensor] += piece.nbytes
+            here.append(piece)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing both let others run
+        for piece, wrong in zip(here, pool.map(differs, here), strict=True):
+            if wrong:
+                report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
     for name, tensor in result.tensors.items():
         if covered[name] != tensor.nbytes:
             report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
-    report.checked.append(f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run")
+    return f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run"
 
 
-def check_numbers(result: Checkpoint, report: Report) -> None:
+def check_numbers(result: Checkpoint, report: Report) -> str:
     """No NaN among FP8 codes (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
     import numpy
 
@@ -67,40 +89,52 @@ def check_numbers(result: Checkpoint, report: Report) -> None:
             if bad:
                 report.problems.append(f"{name}: it holds values that are no finite numbers")
                 break
-    report.checked.append(f"{counted} tensors: every value is a finite number")
+    return f"{counted} tensors: every value is a finite number"
 
 
 def _check_files(result: Checkpoint, report: Report) -> None:
     """The small files against the hashes of their run."""
     path = result.root / FILES
     if not path.exists():
+        report.problems.append(f"{FILES}: it is absent, although the run's journal is here; it has the files' hashes")
         return
-    recorded = read_json(path)
-    for name, digest in recorded.items():
-        file = result.root / name
-        if not file.is_file():
-            report.problems.append(f"{name}: recorded by the run, absent here")
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            report.problems.append(f"{name}: it is not the file that the run wrote (SHA-256 differs)")
-    report.checked.append(f"{len(recorded)} small files: SHA-256 as recorded by the run")
+    changed = changed_files(result.root)
+    report.problems += changed
+    if not changed:
+        report.checked.append("small files: SHA-256 as recorded by the run")
 
 
-def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Report) -> None:
-    """What stays against the source, and what is quantized against the source quantized once more."""
-    selection, same, again, other = select(source), 0, 0, 0
+def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, report: Report) -> str:
+    """What stays against the source; what is quantized against the source quantized once more.
+
+    Weights of a layout that is not made here are dequantized and compared as numbers, where their scales say how.
+    """
+    selection, same, again, other, near = select(source), 0, 0, 0, 0
     ours = _made_here(result)
     powers = _powers(result)
+    reaches: dict[str, tuple[float, float]] = {}
     for name, tensor in source.tensors.items():
         found, role = result.tensors.get(name), selection.choices[name].role
         if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
             same += 1
             if not _equal(source, tensor, result, found) and not _scaled(source, tensor, result, found, powers):
                 report.problems.append(f"{name}: it was to stay as it is, but its bytes differ from the source's")
+        elif (
+            role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES and (method is None or not method.repeatable)
+        ):
+            if (distance := _distance(source, tensor, result)) is None:
+                continue
+            near += 1
+            if not distance <= FAR:
+                report.problems.append(
+                    f"{name}: what the checkpoint holds for it is {distance:.0%} away from the source's weight; 8 bits "
+                    "cost about 3%"
+                )
         elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
             again += 1
             try:
-                if method == "modelopt":
-                    wrong, far = _repack(source, tensor, result, role, selection, powers)
+                if method is MODELOPT:
+                    wrong, far = _repack(source, tensor, result, role, selection, powers, reaches)
                 else:
                     wrong, far = _requantize(source, tensor, result, role, selection)
             except NonFiniteWeight:
@@ -109,17 +143,76 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: str, report: Rep
             if wrong and not ours and not far:
                 other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
             elif wrong:
-                numerics = "ModelOpt's" if method == "modelopt" else "llm-compressor's"
+                numerics = "ModelOpt's" if method is MODELOPT else "llm-compressor's"
                 report.problems.append(
                     f"{wrong}: not what the source's {name} gives when it is quantized ({numerics} numerics on a CPU)"
                 )
-    report.checked.append(f"{same} tensors that stay as they are: byte for byte the source's")
+    _say_coarse(reaches, report)
     if powers:
         report.checked.append(
             f"{len(powers)} modules were balanced: the source times a power of two, against each other"
         )
     bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
-    report.checked.append(f"{again} source tensors quantized once more: {bits}")
+    quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
+    quantized += [f"{near} weights dequantized: within {FAR:.0%} of the source's"] if near else []
+    return "; ".join([f"{same} tensors that stay as they are: byte for byte the source's", *quantized])
+
+
+def _say_coarse(reaches: dict[str, tuple[float, float]], report: Report) -> None:
+    """Scales that hold much more than their weights, or what vLLM fuses them with, reach: small weights are lost."""
+    widest = {module: largest for module, (largest, _) in reaches.items()}
+    for group in fused_groups(reaches):
+        widest.update(dict.fromkeys(group, max(reaches[module][0] for module in group)))
+    for module, (_, held) in reaches.items():
+        if widest[module] and held > widest[module] * COARSE:
+            report.problems.append(
+                f"{module}.weight_scale: it holds up to {held:.4g}, the source's weight reaches {widest[module]:.4g}: "
+                "small weights are lost"
+            )
+
+
+def _distance(source: Checkpoint, tensor: Tensor, result: Checkpoint) -> float | None:
+    """How far an FP8 weight, dequantized, is from its source's: the norm of the difference over the source's norm.
+
+    None where the result's tensor has no E4M3 codes with a scale a tensor, a row or a block.
+    """
+    import torch
+
+    module = tensor.name.removesuffix(".weight")
+    codes = result.tensors.get(f"{module}.weight")
+    scale = next((result.tensors[f"{module}.{s}"] for s in WEIGHT_SCALES if f"{module}.{s}" in result.tensors), None)
+    if codes is None or scale is None or codes.dtype != FP8 or codes.shape != tensor.shape or len(tensor.shape) != 2:
+        return None
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    if scale.dtype not in kinds:
+        return None
+    factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=kinds[scale.dtype]).float()
+    rows, columns = tensor.shape
+    if len(scale.shape) == 2 and scale.shape[1] > 1:
+        high, wide = _block(result)
+        factor = factor.view(scale.shape).repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+        if factor.shape != (rows, columns):
+            return None
+    elif factor.numel() in (1, rows):
+        factor = factor.view(-1, 1)
+    else:
+        return None
+    weight = torch.frombuffer(bytearray(read_tensor(source, tensor)), dtype=kinds[tensor.dtype]).view(rows, columns)
+    held = torch.frombuffer(bytearray(read_tensor(result, codes)), dtype=torch.float8_e4m3fn).view(rows, columns)
+    norm = float(weight.float().norm())
+    return float((held.float() * factor - weight.float()).norm()) / norm if norm else 0.0
+
+
+def _block(result: Checkpoint) -> tuple[int, int]:
+    """Rows and columns that share a scale: `weight_block_size` of ``fp8``, `block_structure` of compressed-tensors."""
+    section = quantization_section(result) or {}
+    groups = section.get("config_groups") or {}
+    said = [
+        section.get("weight_block_size"),
+        *((g.get("weights") or {}).get("block_structure") for g in groups.values()),
+    ]
+    high, wide = next((size for size in said if size), (128, 128))
+    return int(high), int(wide)
 
 
 def _made_here(result: Checkpoint) -> bool:
@@ -160,9 +253,18 @@ def _scaled(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor, powers:
 
 
 def _repack(
-    source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection, powers: dict[str, int]
+    source: Checkpoint,
+    tensor: Tensor,
+    result: Checkpoint,
+    role: str,
+    selection: Selection,
+    powers: dict[str, int],
+    reaches: dict[str, tuple[float, float]],
 ) -> tuple[str | None, bool]:
-    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale fits the weight."""
+    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale is large enough.
+
+    `reaches` gets, by module, the weight's largest magnitude and the largest that the stored scale can hold.
+    """
     import torch
     from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
 
@@ -190,7 +292,8 @@ def _repack(
             part = part.contiguous() * 2.0 ** powers.get(module, 0)
             factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=torch.float32).view(())
             largest = float(part.abs().amax())
-            if largest and not largest * (1 - 2.0**-20) <= float(factor) * 448.0:
+            reaches[module] = (largest, float(factor) * E4M3_MAX)
+            if largest and not largest * (1 - 2.0**-20) <= reaches[module][1]:
                 return f"{module}.weight_scale", True
             made = to_quantized_weight(part, factor, QUANTIZATION_FP8).view(torch.uint8).numpy().tobytes()
             if (there := read_tensor(result, codes)) != made:
@@ -209,6 +312,7 @@ def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
 def _far(made: bytes, found: bytes, kind: str) -> bool:
     """Whether two arrays are further apart than one rounding: a step of E4M3's codes, or of a scale's last bit.
 
+    Codes of which more than `MOST_OTHER` are a step off are so for another reason than a device's rounding.
     The patterns of floating-point numbers of one sign are ordered as the numbers are.
     """
     import torch
@@ -220,7 +324,9 @@ def _far(made: bytes, found: bytes, kind: str) -> bool:
     sign = {"F8_E4M3": 0x80, "BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000}[kind]
     a, b = (torch.where((v & sign) != 0, -(v & (sign - 1)), v & (sign - 1)) for v in (a, b))
     nan = kind == "F8_E4M3" and bool((b.abs() == 0x7F).any())
-    return nan or bool((a - b).abs().max() > 1)
+    apart = (a - b).abs()
+    many = kind == "F8_E4M3" and a.numel() > SMALL and float((apart > 0).float().mean()) > MOST_OTHER
+    return nan or many or bool(apart.max() > 1)
 
 
 def _requantize(
@@ -260,9 +366,27 @@ def _requantize(
                 ("weight_scale", scales[top * width : (top + height) * width]),
             ):
                 found = result.tensors.get(f"{module}.{suffix}")
-                if found is not None and (there := read_tensor(result, found)) != made:
+                if found is None:
+                    continue
+                there = read_tensor(result, found)
+                if suffix == "weight_scale" and found.dtype != tensor.dtype:
+                    there = _as_dtype(there, found.dtype, tensor.dtype)
+                if there != made:
                     wrong = wrong or found.name
-                    if _far(bytes(made), there, found.dtype):
+                    if _far(bytes(made), there, FP8 if suffix == "weight" else tensor.dtype):
                         return found.name, True
             top += height
     return wrong, False
+
+
+def _as_dtype(raw: bytes, kind: str, wanted: str) -> bytes:
+    """Scales that an exporter stored in another dtype, in the one that they were made in."""
+    import torch
+
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    if kind not in kinds or wanted not in kinds:
+        return raw
+    made: bytes = (
+        torch.frombuffer(bytearray(raw), dtype=kinds[kind]).to(kinds[wanted]).view(torch.uint8).numpy().tobytes()
+    )
+    return made

@@ -6,8 +6,10 @@ What the recipe's ``serve`` says, and for the rest what the checkpoint implies. 
 
 from __future__ import annotations
 
+import shlex
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,51 +17,89 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.model.selection import text_config
-from pipeline.recipe import Serve, parse_size
+from pipeline.recipe import RopeScaling, Serve, name_problem, parse_size
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 FILE = "quantize/serve.yaml"
 LONGEST = 32768  # tokens of context that a profile asks for by itself; more costs memory that few requests use
+UNSAID = 2048  # tokens of context that vLLM takes where nothing says how many positions a model has
 # Beside weights and cache on each GPU: CUDA's context, graphs and the activations of the longest prefill.
 # On an H200 with vLLM 0.24.0 and 8192 tokens a prefill it was measured below this for a 3B model; see docs/serving.md.
 OVERHEAD = 4 << 30
+BLOCK = 16  # tokens that vLLM allots at once
+# where vLLM 0.32 looks for the number of positions; the least of them counts
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+              "max_sequence_length", "max_seq_length", "seq_len")  # fmt: skip
+_SLIDING = ("sliding_window", "layer_types")
+_BY_CLASS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
+             "max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim", "rope_parameters", *_SLIDING)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cache:
+    """vLLM's KV cache of a model on one GPU, counted as its own cache specs do.
+
+    Attributes:
+        layer: bytes that a token takes in one layer; 0 where neither config.json nor transformers tells.
+        full: layers that keep every token.
+        sliding: layers that keep no more than `kept`.
+        kept: tokens: a sliding window, and those that are being computed.
+    """
+
+    layer: int
+    full: int
+    sliding: int = 0
+    kept: int = 0
+
+    @property
+    def per_token(self) -> int:
+        """Bytes of a token that all layers keep."""
+        return self.layer * (self.full + self.sliding)
+
+    def sequence(self, length: int) -> int:
+        """Bytes of one sequence of `length` tokens."""
+        full, sliding = _in_groups(self.full, self.sliding)
+        blocks = full * -(-length // BLOCK)
+        if sliding:  # and a block more, since a window begins anywhere in one
+            blocks += sliding * (-(-min(length, self.kept) // BLOCK) + 1)
+        return self.layer * BLOCK * blocks
+
+    def longest(self, room: int, most: int) -> int:
+        """Tokens of the longest sequence that fits into `room` bytes, `most` at most."""
+        return bisect_right(range(1, most + 1), room, key=self.sequence)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one GPU holds, in bytes, and the tokens of KV cache that fit.
+    """What one GPU holds.
 
     Attributes:
-        weights: of the checkpoint, divided over the GPUs.
-        per_token: of cache on one GPU.
-        room: for the cache, after weights and overhead; negative where not even those fit. None: no GPU was stated.
-        tokens: in that room.
+        weights: bytes of the checkpoint, divided over the GPUs.
+        cache: what sequences take.
+        room: bytes for the cache, after weights and overhead; negative where not even those fit. None: no GPU was
+            stated.
     """
 
     weights: int
-    per_token: int
+    cache: Cache
     room: int | None
-    tokens: int | None
 
 
 def cache_bytes_per_token(config: Mapping[str, Any], width: int, parallel: int = 1) -> int:
-    """Bytes of KV cache that a token takes on one GPU, over all layers.
+    """Bytes of KV cache that a token takes on one GPU, over all layers, at most; 0 where nothing tells.
 
     Keys and values, ``num_key_value_heads * head_dim`` of each a layer; heads are divided over GPUs and repeated where
-    there are fewer heads than GPUs. Layers with a sliding window count in full.
+    there are fewer heads than GPUs. Multi-head latent attention keeps one vector a layer, whole on every GPU. Layers
+    with a sliding window count in full; see `Cache.sequence`.
 
     Args:
         config: the checkpoint's.
         width: bytes a value: 1 in FP8, 2 in BF16.
         parallel: GPUs that share the model.
     """
-    text = text_config(config)
-    heads = int(text.get("num_attention_heads") or 1)
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    head = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // heads)
-    return 2 * int(text.get("num_hidden_layers") or 0) * max(1, -(-kv_heads // parallel)) * head * width
+    return _cache(_language(config), width, parallel, 0).per_token
 
 
 def cache_dtype(serve: Serve, fp8_cache: bool) -> str:
@@ -68,7 +108,7 @@ def cache_dtype(serve: Serve, fp8_cache: bool) -> str:
     Raises:
         UsageError: FP8 without scales in the checkpoint; vLLM would run it at scale 1.0.
     """
-    asked = str(serve.extra.get("kv-cache-dtype") or serve.kv_cache_dtype or ("fp8" if fp8_cache else "auto"))
+    asked = serve.kv_cache_dtype or ("fp8" if fp8_cache else "auto")
     if asked.startswith("fp8") and not fp8_cache:
         raise UsageError(
             f"serve.kv_cache_dtype: {asked} with kv_cache: none would run the attention at KV scale 1.0; choose "
@@ -78,16 +118,22 @@ def cache_dtype(serve: Serve, fp8_cache: bool) -> str:
 
 
 def fit(serve: Serve, config: Mapping[str, Any], weights: int, fp8_cache: bool) -> Fit:
-    """What `serve`'s GPU would hold; see `Fit`."""
-    parallel = serve.tensor_parallel_size
-    share = -(-weights // parallel)
-    kind = cache_dtype(serve, fp8_cache)
-    narrow = kind.startswith("fp8") or (kind == "auto" and fp8_cache)
-    per_token = cache_bytes_per_token(config, 1 if narrow else 2, parallel)
+    """What `serve`'s GPU would hold; see `Fit`.
+
+    Args:
+        serve: the recipe's section.
+        config: the checkpoint's config.
+        weights: bytes of the result.
+        fp8_cache: whether the checkpoint holds KV scales.
+    """
+    share = -(-weights // serve.tensor_parallel_size)
+    width = 1 if _is_narrow(serve, fp8_cache) else 2
+    cache = _cache(_language(config), width, serve.tensor_parallel_size, _in_flight(serve))
+    if cache.full and serve.extra.get("disable-hybrid-kv-cache-manager") is True:  # all layers keep all then
+        cache = replace(cache, full=cache.full + cache.sliding, sliding=0)
     if serve.gpu_memory is None:
-        return Fit(share, per_token, None, None)
-    room = int(parse_size(serve.gpu_memory) * serve.gpu_memory_utilization) - share - OVERHEAD
-    return Fit(share, per_token, room, max(0, room) // per_token if per_token else None)
+        return Fit(share, cache, None)
+    return Fit(share, cache, int(parse_size(serve.gpu_memory) * serve.gpu_memory_utilization) - share - OVERHEAD)
 
 
 def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, fp8_cache: bool) -> dict[str, Any]:
@@ -101,120 +147,337 @@ def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, 
         fp8_cache: whether the checkpoint holds KV scales.
 
     Raises:
-        UsageError: the stated GPU cannot hold it, or the context is longer than the model's.
+        UsageError: the stated GPU cannot hold it, or vLLM cannot run this model so: its heads on so many GPUs, its
+            positions to such a length.
     """
-    limit = _limit(serve, config)
-    room = fit(serve, config, weights, fp8_cache)
-    longest = LONGEST if serve.rope_scaling is None else limit or LONGEST
-    length = serve.max_model_len or min(limit or LONGEST, longest)
-    heads = text_config(config).get("num_attention_heads")
-    if isinstance(heads, int) and heads % serve.tensor_parallel_size:
-        raise UsageError(
-            f"serve.tensor_parallel_size: {heads} attention heads cannot be divided over {serve.tensor_parallel_size} "
-            "GPUs; vLLM refuses that"
-        )
-    if limit is not None and length > limit:
-        raise UsageError(
-            f"serve.max_model_len: {length:,} tokens, the model has {limit:,} positions; lower it, or state "
-            "serve.rope_scaling (YaRN) if the model was made for it"
-        )
-    if room.room is not None and room.tokens is not None:
-        parallel = f" on each of {serve.tensor_parallel_size} GPUs" if serve.tensor_parallel_size > 1 else ""
-        stated = f"{serve.gpu_memory} x {serve.gpu_memory_utilization:g}"
-        if room.room <= 0:
-            raise UsageError(
-                f"serve.gpu_memory: {room.weights / 1e9:.1f} GB of weights{parallel} and {OVERHEAD / 1e9:.1f} GB for "
-                f"vLLM do not fit into {stated}; raise serve.tensor_parallel_size or serve.gpu_memory_utilization"
-            )
-        if serve.max_model_len is None and room.tokens < length:
-            length = max(1024, room.tokens // 1024 * 1024)
-        if room.tokens < length:
-            raise UsageError(
-                f"serve.max_model_len: one sequence of {length:,} tokens takes {length * room.per_token / 1e9:.1f} GB "
-                f"of cache, {room.room / 1e9:.1f} GB of {stated} are left beside the weights{parallel}: at most "
-                f"{room.tokens:,} tokens"
-            )
+    text = _language(config)
+    _check_parallel(serve, config, text)
+    if serve.served_model_name is None and (why := name_problem(name)):
+        raise UsageError(f"output: {name!r} would be the served name, and {why}; or give serve.served_model_name")
+    scaled = _yarn(serve.rope_scaling, config) if serve.rope_scaling is not None else None
     made: dict[str, Any] = {
         "served-model-name": serve.served_model_name or name,
         "kv-cache-dtype": cache_dtype(serve, fp8_cache),
-        **({"max-model-len": length} if limit is not None or serve.max_model_len is not None else {}),
+        "max-model-len": _length(serve, text, fit(serve, config, weights, fp8_cache)),
         "gpu-memory-utilization": serve.gpu_memory_utilization,
         "tensor-parallel-size": serve.tensor_parallel_size,
     }
     if serve.max_num_seqs is not None:
         made["max-num-seqs"] = serve.max_num_seqs
-    if "vision_config" in config:
-        made["limit-mm-per-prompt"] = serve.limit_mm_per_prompt or _limits(config)
-    if serve.rope_scaling is not None:
-        made["hf-overrides"] = _yarn(serve, config)
+    if limits := _limits(serve, config):
+        made["limit-mm-per-prompt"] = limits
+    if scaled is not None:
+        made["hf-overrides"] = scaled
+    if _other_dtypes(config):
+        made["dtype"] = "bfloat16"
     return made | serve.extra
-
-
-def _limits(config: Mapping[str, Any]) -> dict[str, int]:
-    limits = {"image": 4}
-    if "video_token_id" in config or "video_token_index" in config:
-        limits["video"] = 0
-    return limits
-
-
-def _limit(serve: Serve, config: Mapping[str, Any]) -> int | None:
-    """Positions that the model has; None where its config does not say, and the server has a default of its own."""
-    if serve.rope_scaling is not None:
-        return int(serve.rope_scaling.factor * serve.rope_scaling.original_max_position_embeddings)
-    limit = text_config(config).get("max_position_embeddings")
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _yarn(serve: Serve, config: Mapping[str, Any]) -> dict[str, Any]:
-    """YaRN as a config override: transformers 5's ``rope_parameters``, and the scaled number of positions.
-
-    vLLM 0.32.0 takes ``max_position_embeddings`` to be scaled already. What the model's own rotary embedding says
-    (theta, the sections of a multimodal one) stays.
-    """
-    assert serve.rope_scaling is not None
-    text = text_config(config)
-    if any(isinstance(value, dict) for value in (text.get("rope_parameters") or {}).values()):
-        raise UsageError(
-            "serve.rope_scaling: this model has rotary parameters of its own for each kind of attention; YaRN is not "
-            "written for it"
-        )
-    own = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta", 1e4), **(text.get("rope_scaling") or {})}
-    override = {
-        "rope_parameters": {
-            **{key: value for key, value in own.items() if key not in ("type", "rope_type")},
-            "rope_type": "yarn",
-            "factor": serve.rope_scaling.factor,
-            "original_max_position_embeddings": serve.rope_scaling.original_max_position_embeddings,
-        },
-        "max_position_embeddings": _limit(serve, config),
-    }
-    return {"text_config": override} if "vision_config" in config else override
 
 
 def write(recipe: Recipe, config: Mapping[str, Any], weights: int) -> str:
     """The profile as YAML, with the launch line and the memory it counts on as comments.
 
+    Args:
+        recipe: validated.
+        config: the checkpoint's config.
+        weights: bytes of the result.
+
     Raises:
         UsageError: see `arguments`.
     """
-    fp8_cache = recipe.kv_cache == "fp8"
-    name = Path(recipe.output).name
-    made = arguments(recipe.serve, config, name, weights, fp8_cache)
-    found = fit(recipe.serve, config, weights, fp8_cache)
-    narrow = made["kv-cache-dtype"].startswith("fp8") or (made["kv-cache-dtype"] == "auto" and fp8_cache)
-    each = f" on each of {recipe.serve.tensor_parallel_size} GPUs" if recipe.serve.tensor_parallel_size > 1 else ""
-    lines = [
-        f"#   vllm serve {name} --config {name}/{FILE}",
-        "#",
-        f"# Weights take {found.weights / 1e9:.1f} GB{each}; a token of {'FP8' if narrow else 'BF16'} cache "
-        f"{found.per_token / 1e3:.0f} kB.",
-    ]
-    length = made.get("max-model-len")
-    if length is not None:
-        lines[-1] = lines[-1][:-1] + f", a sequence of {length:,} tokens {length * found.per_token / 1e9:.1f} GB."
-    if length is not None and found.tokens is not None:
+    serve, fp8_cache, name = recipe.serve, recipe.kv_cache == "fp8", Path(recipe.output).name
+    made = arguments(serve, config, name, weights, fp8_cache)
+    place = f"./{name}" if name.startswith("-") else name
+    if why := name_problem(place):  # a served name of its own does not mend the directory's
+        raise UsageError(f"output: {name!r} cannot stand in the profile's launch line: {why}")
+    lines = [f"#   {shlex.join(['vllm', 'serve', place, '--config', f'{place}/{FILE}'])}", "#"]
+    lines += _memory(serve, fit(serve, config, weights, fp8_cache), made["max-model-len"], fp8_cache)
+    if serve.rope_scaling is None and _positions(_language(config)) is None:
+        lines.append("# Nothing says how many positions the model has: max-model-len could not be held against them.")
+    if "dtype" not in serve.extra and (other := _other_dtypes(config)):
         lines.append(
-            f"# In {recipe.serve.gpu_memory} there is room for about {found.tokens:,} tokens of cache: "
-            f"{found.tokens / length:.1f} sequences of full length."
+            f"# dtype: the config says {' and '.join(other)}, but the scales were measured and are written in BF16; "
+            "a server in another type warns of each."
         )
     return "\n".join([*lines, ""]) + yaml.safe_dump(made, sort_keys=False)
+
+
+def _memory(serve: Serve, found: Fit, length: int, fp8_cache: bool) -> list[str]:
+    """What the profile's head says of memory, as comments."""
+    cache = found.cache
+    each = f" on each of {serve.tensor_parallel_size} GPUs" if serve.tensor_parallel_size > 1 else ""
+    weights = f"# Weights take {found.weights / 1e9:.1f} GB{each}"
+    if not cache.per_token:
+        held = "the weights alone were held against the GPU" if found.room is not None else "no length was checked"
+        return [f"{weights}; neither config.json nor transformers tells what a token of cache takes: {held}."]
+    kind, one = "FP8" if _is_narrow(serve, fp8_cache) else "BF16", cache.sequence(length)
+    most = " at most" if cache.sliding else ""
+    lines = [
+        f"{weights}; a token of {kind} cache {cache.per_token / 1e3:.0f} kB{most}, a sequence of {length:,} tokens "
+        f"{one / 1e9:.1f} GB."
+    ]
+    if found.room is not None:
+        lines.append(
+            f"# In {serve.gpu_memory} there is room for about {int(found.room / one * length):,} tokens of cache: "
+            f"{found.room / one:.1f} sequences of full length."
+        )
+    return lines
+
+
+# --- what the config says ----------------------------------------------------------------------------
+
+
+def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the language model, and for what it leaves out, what the model's class has as default.
+
+    A nested part is saved without what its class has as default: LLaVA's and Gemma 3's on the hub name neither heads
+    nor positions; a flat config is saved whole, so that the class is asked, which takes seconds and torch, only where
+    layers or heads go by other names. Whether layers have a sliding window is the class's word, where it is not said
+    layer by layer.
+    """
+    text = text_config(config)
+    needed = ["num_hidden_layers", "num_attention_heads"]
+    if text is not config:
+        needed += ["num_key_value_heads", "head_dim", "max_position_embeddings"]
+    elif text.get("head_dim") is None:
+        needed.append("hidden_size")
+    windows = bool(text.get("sliding_window")) and not text.get("layer_types")
+    if not windows and all(text.get(key) is not None for key in needed):
+        return text
+    known = _by_class(text if "model_type" in text else config)
+    said = {key: value for key, value in text.items() if value is not None and not (known and key in _SLIDING)}
+    return {**known, **said}
+
+
+def _by_class(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values as transformers' class of it has them; nothing where it has no class, or that refuses it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # seconds, with torch
+
+    from pipeline.model.skeleton import quiet
+
+    try:
+        with quiet():
+            made = CONFIG_MAPPING[part["model_type"]](**part).get_text_config()
+    except Exception:  # whatever a class makes of a config that is not its own
+        return {}
+    return {key: value for key in _BY_CLASS if (value := getattr(made, key, None)) is not None}
+
+
+def _count(part: Mapping[str, Any], key: str) -> int:
+    """A positive number of a config, or 0."""
+    value = part.get(key)
+    return value if type(value) is int and value > 0 else 0
+
+
+def _cache(text: Mapping[str, Any], width: int, parallel: int, in_flight: int) -> Cache:
+    layers, heads = _count(text, "num_hidden_layers"), _count(text, "num_attention_heads")
+    if latent := _count(text, "kv_lora_rank"):
+        each = latent + _count(text, "qk_rope_head_dim")
+    else:
+        head = _count(text, "head_dim") or (_count(text, "hidden_size") // heads if heads else 0)
+        each = 2 * -(-(_count(text, "num_key_value_heads") or heads) // parallel) * head
+    window = 0 if text.get("use_sliding_window") is False else _count(text, "sliding_window")
+    sliding = _sliding(text, layers) if window else 0
+    return Cache(each * width, layers - sliding, sliding, window - 1 + in_flight)
+
+
+def _sliding(text: Mapping[str, Any], layers: int) -> int:
+    """How many layers of a model with a sliding window use it, as vLLM 0.32 takes it: all, if none is told apart."""
+    if isinstance(types := text.get("layer_types"), list):
+        return min(layers, types.count("sliding_attention"))
+    pattern = _count(text, "sliding_window_pattern")
+    return layers - layers // pattern if pattern else layers
+
+
+def _in_groups(full: int, sliding: int) -> tuple[int, int]:
+    """vLLM allots layers of two kinds in groups of one size, and fills the last group of each kind up."""
+    if not full or not sliding:
+        return full, sliding
+    few, many = sorted((full, sliding))
+    size = many if many < 1.5 * few else few
+    return -(-full // size) * size, -(-sliding // size) * size
+
+
+def _in_flight(serve: Serve) -> int:
+    """Tokens that are being computed while older ones leave a window: vLLM's two steps of max-num-batched-tokens.
+
+    Its default depends on the GPU's memory; without one stated, an H100's.
+    """
+    step = _count(serve.extra, "max-num-batched-tokens")
+    memory = parse_size(serve.gpu_memory) if serve.gpu_memory is not None else 80 * 10**9
+    return 2 * (step or (16384 if memory >= 160 << 30 else 8192 if memory >= 70 << 30 else 2048))
+
+
+def _is_narrow(serve: Serve, fp8_cache: bool) -> bool:
+    return fp8_cache and cache_dtype(serve, fp8_cache) != "bfloat16"
+
+
+def _positions(text: Mapping[str, Any]) -> int | None:
+    return min((found for key in _POSITIONS if (found := _count(text, key))), default=None)
+
+
+def _other_dtypes(config: Mapping[str, Any]) -> list[str]:
+    """The types but BF16 that a config gives, on top or in the language model's part."""
+    parts = (config, text_config(config))
+    said = {
+        str(part[key]).removeprefix("torch.") for part in parts for key in ("dtype", "torch_dtype") if part.get(key)
+    }
+    return sorted(said - {"bfloat16"})
+
+
+def _limits(serve: Serve, config: Mapping[str, Any]) -> dict[str, int]:
+    """The --limit-mm-per-prompt; empty for a language model, which takes none."""
+    asked = serve.limit_mm_per_prompt.model_dump(exclude_none=True) if serve.limit_mm_per_prompt is not None else {}
+    if asked and not any(word in key for key in config for word in ("vision", "visual", "image", "audio", "thinker")):
+        raise UsageError(f"serve.limit_mm_per_prompt: {', '.join(asked)}: this model takes text alone; leave it out")
+    if asked or "vision_config" not in config:
+        return asked
+    return {"image": 4, **({"video": 0} if "video_token_id" in config or "video_token_index" in config else {})}
+
+
+# --- what vLLM would refuse --------------------------------------------------------------------------
+
+
+def _check_parallel(serve: Serve, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """vLLM divides heads evenly over GPUs, and gives the same KV head to several where there are fewer."""
+    size, where = serve.tensor_parallel_size, "serve.tensor_parallel_size"
+    heads = _count(text, "num_attention_heads")
+    if heads % size:
+        raise UsageError(f"{where}: {heads} attention heads cannot be divided over {size} GPUs; vLLM refuses that")
+    kv_heads = _count(text, "num_key_value_heads") or heads
+    if kv_heads and not _count(text, "kv_lora_rank") and max(kv_heads, size) % min(kv_heads, size):
+        raise UsageError(
+            f"{where}: {kv_heads} KV heads can neither be divided over {size} GPUs nor repeated evenly on them; vLLM "
+            "refuses that"
+        )
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict) or str(vision.get("model_type")).startswith("intern"):
+        return  # vLLM runs InternVL's tower whole on every GPU then
+    seeing = _count(vision, "num_heads") or _count(vision, "num_attention_heads")
+    if seeing % size and serve.extra.get("mm-encoder-tp-mode") != "data":
+        raise UsageError(
+            f"{where}: the vision tower's {seeing} heads cannot be divided over {size} GPUs; vLLM refuses that, unless "
+            "serve.extra has mm-encoder-tp-mode: data"
+        )
+
+
+def _length(serve: Serve, text: Mapping[str, Any], found: Fit) -> int:
+    """The --max-model-len, in tokens, after it was held against the model and the GPU."""
+    scaling = serve.rope_scaling
+    limit = _positions(text) if scaling is None else _scaled(scaling)
+    length = serve.max_model_len or (limit if scaling is not None and limit else min(limit or UNSAID, LONGEST))
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"serve.max_model_len: {length:,} tokens, the model has {limit:,} positions; lower it, or state "
+            "serve.rope_scaling (YaRN) if the model was made for it"
+        )
+    if found.room is None:
+        return length
+    parallel = f" on each of {serve.tensor_parallel_size} GPUs" if serve.tensor_parallel_size > 1 else ""
+    stated = f"{serve.gpu_memory} x {serve.gpu_memory_utilization:g}"
+    if found.room <= 0:
+        raise UsageError(
+            f"serve.gpu_memory: {found.weights / 1e9:.1f} GB of weights{parallel} and {OVERHEAD / 1e9:.1f} GB for "
+            f"vLLM do not fit into {stated}; raise serve.tensor_parallel_size or serve.gpu_memory_utilization"
+        )
+    fits = found.cache.longest(found.room, length)
+    if serve.max_model_len is None and fits < length:
+        length = max(min(length, 1024), fits // 1024 * 1024)
+    if fits < length:
+        raise UsageError(
+            f"serve.max_model_len: one sequence of {length:,} tokens takes {found.cache.sequence(length) / 1e9:.1f} GB "
+            f"of cache, {found.room / 1e9:.1f} GB of {stated} are left beside the weights{parallel}: at most "
+            f"{fits:,} tokens"
+        )
+    return length
+
+
+# --- YaRN --------------------------------------------------------------------------------------------
+
+
+def _scaled(scaling: RopeScaling) -> int:
+    return int(scaling.factor * scaling.original_max_position_embeddings)
+
+
+def _yarn(scaling: RopeScaling, config: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN as a config override: transformers 5's ``rope_parameters``, and the scaled number of positions.
+
+    vLLM 0.32.0 takes ``max_position_embeddings`` to be scaled already. What the model's own rotary embedding says
+    (theta, the sections of a multimodal one) stays.
+    """
+    text = _language(config)
+    own = _rotary(config, text)
+    _check_yarn(scaling, str(text.get("model_type", config.get("model_type"))), _positions(text), own)
+    override = {
+        "rope_parameters": {
+            **{key: value for key, value in own.items() if key not in ("type", "rope_type")},
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        },
+        "max_position_embeddings": _scaled(scaling),
+    }
+    return {"text_config": override} if "vision_config" in config or text_config(config) is not config else override
+
+
+def _rotary(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own rotary parameters, with a theta.
+
+    Raises:
+        UsageError: it has none that YaRN could be written for, or no theta is known.
+    """
+    own = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    kinds = {str(part.get("model_type")) for part in (config, text)}
+    if (
+        any(isinstance(value, dict) for value in own.values())
+        or any(kind.startswith("gemma3") for kind in kinds)
+        or "rope_local_base_freq" in text
+    ):
+        raise UsageError(
+            "serve.rope_scaling: this model has rotary parameters of its own for each kind of attention; YaRN is not "
+            "written for it"
+        )
+    if "thinker_config" in config:
+        raise UsageError("serve.rope_scaling: vLLM does not pass YaRN on to a language model inside thinker_config")
+    other = {str(own[key]) for key in ("rope_type", "type") if own.get(key)} - {"default", "mrope", "yarn"}
+    if other:
+        raise UsageError(
+            f"serve.rope_scaling: this model's rotary embedding is scaled already ({', '.join(sorted(other))}), which "
+            "YaRN would undo; leave it out"
+        )
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key not in own and text.get(key) is not None:
+            own[key] = text[key]
+    if "rope_theta" not in own:
+        own |= {key: value for key, value in _class_rotary(config).items() if key not in own}
+    if not isinstance(own.get("rope_theta"), int | float):
+        raise UsageError(
+            "serve.rope_scaling: neither config.json nor transformers tells this model's rope_theta, and without it "
+            "YaRN cannot be written"
+        )
+    return own
+
+
+def _class_rotary(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = text_config(config)
+    found: Mapping[str, Any] = _by_class(text if "model_type" in text else config).get("rope_parameters") or {}
+    return found
+
+
+def _check_yarn(scaling: RopeScaling, kind: str, positions: int | None, own: Mapping[str, Any]) -> None:
+    """The original length must be the model's, and the scaled one longer than what the model has already."""
+    asked, scaled = scaling.original_max_position_embeddings, _scaled(scaling)
+    if positions is None:
+        raise UsageError("serve.rope_scaling: nothing says how many positions the model has; YaRN cannot be checked")
+    right = [_count(own, "original_max_position_embeddings") or positions]
+    if right == [positions] and kind.startswith("qwen") and positions > 32768 and positions & (positions - 1):
+        right = [32768, positions]  # Qwen's own advice: 40,960 is that and room for an answer, 128,000 is scaled
+    if asked not in right:
+        raise UsageError(
+            f"serve.rope_scaling.original_max_position_embeddings: {asked:,} is not what this model was trained for; "
+            f"it is {' or '.join(f'{number:,}' for number in right)}"
+        )
+    if scaled <= positions:
+        raise UsageError(
+            f"serve.rope_scaling: {scaling.factor:g} x {asked:,} is {scaled:,} positions, and the model has "
+            f"{positions:,} without it; raise the factor, or leave it out"
+        )

@@ -57,50 +57,80 @@ class Server:
 
 def default_place() -> Path:
     """Beside the environment that this program runs in: ``.venv`` has ``.venv-vllm``."""
-    return Path(f"{sys.prefix}-vllm") / "bin" / "python"
+    return Path(f"{sys.prefix}-vllm")
 
 
-def find(asked: str | None = None) -> Server | None:
+def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server | None:
     """The vLLM to prove results in.
 
     Looked for in this order: `asked`, the environment variable, the default place, this very environment, and the one
     whose ``vllm`` command is on the PATH. Nothing of it is imported.
 
     Args:
-        asked: the recipe's ``runtime.vllm_python``.
+        asked: a Python, by its path, by its name on the PATH, or by the directory of its environment.
+        key: what `asked` was given as, for messages.
 
     Returns:
         None where there is none and none was named.
 
     Raises:
-        UsageError: the Python that was named is none, or has no vLLM.
+        UsageError: the Python that was named is none, or has no vLLM; or what is in the default place does not work.
     """
-    for named, key in ((asked, "runtime.vllm_python"), (os.environ.get(VARIABLE), VARIABLE)):
+    for named, said_in in ((asked, key), (os.environ.get(VARIABLE), VARIABLE)):
         if named:
-            python = Path(named).expanduser()
-            if not os.access(python, os.X_OK) or python.is_dir():
-                raise UsageError(f"{key}: {named} is no Python that can be run; {HOW_TO_GET}")
-            if (server := _ask(python)) is None:
-                raise UsageError(f"{key}: {named} has no {' or '.join(DISTRIBUTIONS)} installed; {HOW_TO_GET}")
-            return server
-    candidates = [default_place()]
+            python = _python(named)
+            if python is None:
+                raise UsageError(f"{said_in}: {named} is no Python that can be run; {HOW_TO_GET}")
+            found = _ask(python)
+            if isinstance(found, str):
+                raise UsageError(f"{said_in}: {named} {found}; {HOW_TO_GET}")
+            return found
+    place = default_place()
+    if os.path.lexists(place):  # made to be used: a result must not go unproven because it broke
+        found = _ask(place / "bin" / "python")
+        if isinstance(found, str):
+            raise UsageError(
+                f"{place}, where vLLM is looked for, is broken: its Python {found}; make it anew with "
+                "bash scripts/setup_vllm.sh, or remove it to go without"
+            )
+        return found
+    candidates = []
     if importlib.util.find_spec("vllm") is not None:
         candidates.append(Path(sys.executable))
     if command := shutil.which("vllm"):
-        candidates.append(Path(command).with_name("python"))
+        candidates.append(Path(command).resolve().with_name("python"))  # pipx and uv link it from elsewhere
     for python in candidates:
-        if python.exists() and (server := _ask(python)) is not None:
-            return server
+        if not isinstance(found := _ask(python), str):
+            return found
     return None
 
 
-def _ask(python: Path) -> Server | None:
+def _python(named: str) -> Path | None:
+    """What a user may call a Python: a file, an environment's directory, or a name on the PATH."""
+    path = Path(named).expanduser()
+    if path.is_dir():
+        path = path / "bin" / "python"
+    elif not path.exists() and os.sep not in named:
+        path = Path(shutil.which(named) or path)
+    return path.absolute() if path.is_file() and os.access(path, os.X_OK) else None
+
+
+def _ask(python: Path) -> Server | str:
+    """The vLLM of an interpreter; or, for a sentence that begins with the interpreter, why there is none."""
     try:
-        done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    words = done.stdout.split()
-    return Server(python.absolute(), words[0], words[1]) if done.returncode == 0 and len(words) == 2 else None
+        done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, errors="replace", timeout=60)
+    except OSError as error:
+        return f"cannot be run: {error.strerror or error}"
+    except subprocess.TimeoutExpired:
+        return "does not answer within a minute"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ends with status {done.returncode}"]
+        return f"cannot be run: {lines[-1].strip().replace('; ', ', ')}"
+    for line in reversed(done.stdout.splitlines()):  # a sitecustomize may have said something as well
+        words = line.split()
+        if len(words) == 2 and words[0] in DISTRIBUTIONS:
+            return Server(python.absolute(), words[0], words[1])
+    return f"has no {' or '.join(DISTRIBUTIONS)} installed"
 
 
 class Session:

@@ -6,11 +6,11 @@ headers, config and scales are read.
 
 from __future__ import annotations
 
-import math
 import re
 import struct
+import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,30 @@ from pipeline.model.selection import (
     expert_modules,
     is_linear_shaped,
     select,
+    text_config,
+)
+from pipeline.serving.layout import (
+    CACHE_SCALE,
+    COMPRESSED,
+    FP8,
+    MODELOPT,
+    OLD_FILE,
+    PACKED,
+    SECTION,
+    Method,
+    describe,
+    group_fits,
+    has_cache_scales,
+    is_weight_scale,
+    method_of,
+    promised_cache,
+    quantization_section,
 )
 
-FP8 = "F8_E4M3"
-SECTION = "quantization_config"
+PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+LEAST_INPUT = 2.0**-18  # of an input scale: a range of 0.0017; activations after a norm reach more
+FORMATS = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}  # array code, bits of infinity
 LEAST, MOST = 2.0**-40, 2.0**20  # of a KV scale: ranges from 4e-10 to 5e8
 
 
@@ -46,6 +66,7 @@ class Report:
         notes: what a careful user should know.
         proven_in_vllm: whether vLLM itself said yes, at `level` load or generate.
         level: how far the checks came.
+        asked: how far they were to come.
         vllm: what vLLM said, as plain data; empty without it.
     """
 
@@ -56,6 +77,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     proven_in_vllm: bool = False
     level: str = "structure"
+    asked: str = "structure"
     vllm: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,6 +96,7 @@ class Report:
             "notes": self.notes,
             "proven_in_vllm": self.proven_in_vllm,
             "level": self.level,
+            "asked": self.asked,
             "vllm": self.vllm,
         }
 
@@ -89,154 +112,112 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
     report = Report(str(directory), source.label if source else None)
     try:
         result = open_checkpoint(directory)
-    except SourceError as error:
+    except (SourceError, OSError) as error:
         report.problems.append(str(error))
         return report
     report.checked.append(f"{len(result.shards)} shard(s): headers, lengths and index agree")
+    made_here = read_identity(result.root) is not None
     section = quantization_section(result)
-    if section is None:
-        fp8 = any(tensor.dtype == FP8 for tensor in result.tensors.values())
-        what = "vLLM will load the FP8 codes as plain weights" if fp8 else "it is not quantized, and nothing is FP8"
-        report.problems.append(f"config.json has no quantization_config: {what}")
+    method = _method(result, section, made_here, report)
+    if section is None and report.problems:
         return report
-    method = _method(section)
-    if method is None:
-        report.problems.append(
-            f"quant_method {section.get('quant_method')!r} is not known here; {' and '.join(METHODS)} are"
-        )
-        return report
-    if method is STATIC:
-        report.notes.append("static scales under compressed-tensors: weights are not compared with a source here")
-    _check_scales(result, method, report)
-    ignore = _check_section(section, method, report)
-    _check_ignore(result, ignore, report)
-    _check_cache(result, section, method, report)
-    _check_tokenizer(result, source, report)
-    if method.name == "modelopt":
-        _check_hf_quant_config(result, section, report)
+    selection = _selection(result, method, report)
+    ignore = IgnoreList([])
+
+    def run(what: str, check: Callable[..., str | None], *args: Any) -> None:
+        _run(report, what, check, *args)
+
+    if section is not None and method is not None:
+        run("scales", _check_scales, result, method, report)
+        ignore = _check_section(section, method, report)
+        if selection is not None:
+            run("ignore list", _check_ignore, result, selection, section, ignore, made_here, report)
+    elif section is not None:
+        run("scales", _check_foreign_scales, result, report)
+    if section is not None and selection is not None:
+        run("KV-cache scales", _check_cache, result, selection, section, method, made_here, report)
+    run("tokenizer", _check_tokenizer, result, selection, source, report)
+    if method is MODELOPT and section is not None:
+        run(OLD_FILE, _check_hf_quant_config, result, section, report)
     if source is not None:
-        _check_accounts(result, source, ignore, method, report)
-        _check_config(result, source, report)
+        run("tensors", _check_accounts, result, source, ignore, method, report)
+        run("config", _check_config, result, source, made_here, report)
     if contents:
         from pipeline.serving.contents import check_bytes, check_hashes, check_numbers
 
-        check_hashes(result, report)
-        check_numbers(result, report)
-        if source is not None and method is not STATIC:
-            check_bytes(result, source, method.name, report)
+        run("hashes", check_hashes, result, report)
+        run("numbers", check_numbers, result, report)
+        if source is not None:
+            run("contents", check_bytes, result, source, method, report)
     return report
 
 
-def quantization_section(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What a checkpoint says of its quantization, in the form of config.json's ``quantization_config``; None without.
+def read_back(result: Checkpoint, stop: threading.Event) -> Report:
+    """Every byte of a result against the hashes that its run recorded while writing, until `stop` is set."""
+    from pipeline.serving.contents import check_hashes
 
-    ModelOpt's older forms say the same in other words: hf_quant_config.json beside a config without a section, or that
-    file's ``quantization`` within the section. vLLM reads them all.
-    """
-    section = checkpoint.config.get(SECTION)
-    old: Any = section.get("quantization") if isinstance(section, dict) else None
-    path = checkpoint.root / "hf_quant_config.json"
-    if not section and path.exists():
-        try:
-            old = read_json(path).get("quantization")
-        except SourceError:
-            old = None
-    if isinstance(old, dict):
-        cache = {"num_bits": 8, "type": "float"} if old.get("kv_cache_quant_algo") == "FP8" else None
-        fp8 = METHODS["modelopt"]
-        groups = {"group_0": {"targets": ["Linear"], "weights": fp8.weights, "input_activations": fp8.inputs}}
-        return {
-            "quant_method": "modelopt",
-            "quant_algo": old.get("quant_algo"),
-            "ignore": old.get("exclude_modules") or [],
-            "kv_cache_scheme": cache,
-            "config_groups": groups if old.get("quant_algo") == "FP8" else {},
-        }
-    return section if isinstance(section, dict) and section else None
+    report = Report(str(result.root), None)
+    _run(report, "hashes", check_hashes, result, report, stop)
+    return report
 
 
-def promises_fp8_cache(checkpoint: Checkpoint) -> bool:
-    """Whether the config says that the KV cache is FP8, so that vLLM uses the checkpoint's scales by itself."""
-    section = quantization_section(checkpoint) or {}
-    return bool(section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo") == "FP8")
+def _run(report: Report, what: str, check: Callable[..., str | None], *args: Any) -> None:
+    """Run a check. What it says is in order stands in the report if it found no problem; a config or a record whose
+    values are of other kinds than they should be is a problem itself."""
+    before = len(report.problems)
+    try:
+        said = check(*args)
+    except (ArithmeticError, AttributeError, LookupError, OSError, SourceError, TypeError, ValueError) as error:
+        report.problems.append(f"{what}: it cannot be checked, a value is not what it should be: {_words(error)}")
+        return
+    if said is not None and len(report.problems) == before:
+        report.checked.append(said)
 
 
-def _method(section: dict[str, Any]) -> Method | None:
-    method = METHODS.get(str(section.get("quant_method")))
-    groups = section.get("config_groups")
-    inputs = (
-        [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
-        if isinstance(groups, dict)
-        else []
-    )
-    if method is METHODS["compressed-tensors"] and inputs and all(_has(part, STATIC.inputs) for part in inputs):
-        return STATIC
-    return method
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
 
 
-# --- methods -----------------------------------------------------------------------------------------
+def _method(result: Checkpoint, section: dict[str, Any] | None, made_here: bool, report: Report) -> Method | None:
+    """The layout that the config describes, and a word to the reader where there is none that is known here."""
+    if section is not None:
+        if made_here:
+            names = {"compressed-tensors": COMPRESSED, "modelopt": MODELOPT}
+            if found := names.get(str(section.get("quant_method"))):
+                return found
+            report.problems.append(f"quant_method {section.get('quant_method')!r} is none that this program writes")
+        method = method_of(section)
+        if method is None:
+            report.notes.append(
+                f"the layout of {describe(section)} is not known here: files, scales, numbers and what stays as it is "
+                "are checked; whether it can be served says vLLM's load check alone"
+            )
+        return method
+    codes = [tensor for tensor in result.tensors.values() if tensor.dtype in PACKED and len(tensor.shape) > 1]
+    if codes or made_here:
+        what = f"take the {codes[0].dtype} codes for plain weights" if codes else "serve it as it is"
+        report.problems.append(
+            f"{codes[0].name if codes else 'config.json'}: config.json has no {SECTION}: vLLM takes the checkpoint for "
+            f"unquantized and would {what}"
+        )
+    else:
+        report.notes.append(f"it is not quantized: config.json has no {SECTION}, and no tensor holds codes")
+    return None
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a ``quant_method`` lays out an FP8 weight.
-
-    Attributes:
-        name: vLLM's word for it.
-        weights: what a group of the config says of weights, as far as vLLM reads it.
-        inputs: likewise of activations.
-        static_inputs: whether every weight has an ``input_scale``.
-        cache: for k, v, q and prob the tensor names that vLLM takes, from the attention's prefix on.
-    """
-
-    name: str
-    weights: dict[str, Any]
-    inputs: dict[str, Any]
-    static_inputs: bool
-    cache: dict[str, tuple[str, ...]]
-
-    def scale_shape(self, rows: int) -> tuple[int, ...]:
-        """Of the scale of a weight with so many rows."""
-        return () if self.static_inputs else (rows, 1)
-
-
-METHODS = {
-    "compressed-tensors": Method(
-        "compressed-tensors",
-        {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, "symmetric": True},
-        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
-        False,
-        {key: (f"{key}_scale",) for key in "kvq"},
-    ),
-    "modelopt": Method(
-        "modelopt",
-        {"num_bits": 8, "type": "float", "dynamic": False},
-        {"num_bits": 8, "type": "float", "dynamic": False},
-        True,
-        {
-            "k": ("k_scale", "k_proj.k_scale"),
-            "v": ("v_scale", "v_proj.v_scale"),
-            "q": ("q_scale",),
-            "prob": ("attn.prob_scale",),
-        },
-    ),
-}
-
-
-# compressed-tensors' scheme FP8, one static scale a tensor for weights and inputs: vLLM loads it, nothing here makes it
-STATIC = Method(
-    "compressed-tensors",
-    {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
-    {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
-    True,
-    METHODS["compressed-tensors"].cache,
-)
+def _selection(result: Checkpoint, method: Method | None, report: Report) -> Selection | None:
+    try:
+        return select(result)
+    except SourceError as error:
+        if method is not None:  # packed weights hide the linear layers of other layouts
+            report.problems.append(str(error))
+        return None
 
 
 # --- scales ------------------------------------------------------------------------------------------
 
 
-def _check_scales(result: Checkpoint, method: Method, report: Report) -> None:
+def _check_scales(result: Checkpoint, method: Method, report: Report) -> str:
     counted = 0
     kinds = {"weight_scale": "a scale", **({"input_scale": "an input scale"} if method.static_inputs else {})}
     for name, tensor in result.tensors.items():
@@ -266,9 +247,32 @@ def _check_scales(result: Checkpoint, method: Method, report: Report) -> None:
                 report.problems.append(f"{scale.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
     if not counted:
         report.problems.append("there is no FP8 weight in this checkpoint")
-    report.checked.append(f"{counted} FP8 weights: each has finite, positive scales of the right shape")
     if method.static_inputs:
         _note_unshared(result, report)
+        _check_inputs(result, report)
+    return f"{counted} FP8 weights: each has finite, positive scales of the right shape"
+
+
+def _check_foreign_scales(result: Checkpoint, report: Report) -> str:
+    """What holds for any layout: codes have a scale beside them, and scales are finite and positive."""
+    codes = [
+        name.removesuffix(".weight")
+        for name, tensor in result.tensors.items()
+        if tensor.dtype in ("F8_E4M3", "I8") and name.endswith(".weight") and len(tensor.shape) == 2
+    ]
+    bare = [module for module in codes if not any(f"{module}.{s}" in result.tensors for s in WEIGHT_SCALES)]
+    if bare:
+        report.problems.append(
+            f"{bare[0]}.weight: codes without a scale, {len(bare)} in all: vLLM would run them unscaled"
+        )
+    counted = 0
+    for tensor in result.tensors.values():
+        if not is_weight_scale(tensor) or tensor.dtype not in FORMATS:
+            continue
+        counted += 1
+        if bad := _bad_scales(result, tensor):
+            report.problems.append(f"{tensor.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
+    return f"{counted} scales of weights and inputs: finite and positive"
 
 
 def _article(word: str) -> str:
@@ -292,12 +296,33 @@ def _note_unshared(result: Checkpoint, report: Report) -> None:
         report.checked.append("what vLLM fuses (q/k/v, gate/up) shares one weight scale")
 
 
+def _check_inputs(result: Checkpoint, report: Report) -> None:
+    """Input scales: within what activations reach, and one for what has one input, of which vLLM takes the largest."""
+    scales = {
+        name.removesuffix(".input_scale"): scalar(result, tensor)
+        for name, tensor in result.tensors.items()
+        if name.endswith(".input_scale") and tensor.dtype in FORMATS and tensor.nbytes <= 4
+    }
+    for module, value in scales.items():
+        if value > 0 and not LEAST_INPUT <= value <= MOST:
+            report.problems.append(f"{module}.input_scale: {value:.3g} is out of the range that activations have")
+    apart = [group for group in fused_groups(scales) if len({scales[module] for module in group}) > 1]
+    if apart:
+        report.notes.append(
+            f"{apart[0][0]}.input_scale: {len(apart)} groups that vLLM fuses (q/k/v, gate/up) have different input "
+            "scales, although their input is the same; vLLM takes the largest"
+        )
+
+
 def _bad_scales(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
-    """The values that are not finite and positive: as integers, those are the bit patterns from 1 to below Inf's."""
-    formats = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}
-    if tensor.dtype not in formats:
-        return [math.nan]
-    code, infinity = formats[tensor.dtype]
+    """The values that are not finite and positive: as integers, those are the bit patterns from 1 to below Inf's.
+
+    Raises:
+        ValueError: no dtype that a scale has.
+    """
+    if tensor.dtype not in FORMATS:
+        raise ValueError(f"{tensor.name} is {tensor.dtype}; scales are BF16, F16 or F32")
+    code, infinity = FORMATS[tensor.dtype]
     bits = array(code, read_tensor(checkpoint, tensor))
     if bits and min(bits) > 0 and max(bits) < infinity:
         return []
@@ -323,27 +348,28 @@ def _check_section(section: dict[str, Any], method: Method, report: Report) -> I
     """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
     groups = section.get("config_groups")
     found = list(groups.values()) if isinstance(groups, dict) else []
-    fits = [
-        group
-        for group in found
-        if isinstance(group, dict)
-        and "Linear" in (group.get("targets") or [])
-        and _has(group.get("weights"), method.weights)
-        and _has(group.get("input_activations"), method.inputs)
-    ]
-    if not fits:
+    odd = [group["format"] for group in found if isinstance(group, dict) and group.get("format") not in PLAIN_FORMATS]
+    if odd:
+        report.problems.append(f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized")
+    if not found or not all(group_fits(group, method) for group in found):
         how = (
             "FP8 with a static scale a tensor, and so their inputs"
             if method.static_inputs
             else "FP8 with a scale a row and activations FP8 per token"
         )
         report.problems.append(
-            f"quantization_config.config_groups: no group says that Linear weights are {how}: vLLM would read the "
+            f"quantization_config.config_groups: they do not say that Linear weights are {how}: vLLM would read the "
             "scales wrongly"
         )
-    if method.name == "compressed-tensors" and section.get("format") != "float-quantized":
+    for key in ("transform_config", "sparsity_config"):
+        if section.get(key):
+            report.problems.append(
+                f"{SECTION}.{key}: vLLM would apply it to weights that are FP8 and nothing else; whoever made this "
+                "checkpoint must say why it is there"
+            )
+    if method.name == "compressed-tensors" and section.get("format") not in PLAIN_FORMATS[1:]:
         report.problems.append(f"quantization_config.format is {section.get('format')!r}, not float-quantized")
-    if method.name == "modelopt" and section.get("quant_algo") != "FP8":
+    if method is MODELOPT and section.get("quant_algo") != "FP8":
         report.problems.append(f"quantization_config.quant_algo is {section.get('quant_algo')!r}, not FP8")
     entries = section.get("ignore") or []
     try:
@@ -355,78 +381,86 @@ def _check_section(section: dict[str, Any], method: Method, report: Report) -> I
         return IgnoreList([])
 
 
-def _has(part: Any, wanted: dict[str, Any]) -> bool:
-    return isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
-
-
 def _check_hf_quant_config(result: Checkpoint, section: dict[str, Any], report: Report) -> None:
     """ModelOpt's older file, which vLLM reads where config.json has no section: both must say the same."""
-    path = result.root / "hf_quant_config.json"
-    if not path.exists():
+    path = result.root / OLD_FILE
+    if not path.exists() or SECTION not in result.config:
         return
-    try:
-        old = read_json(path).get("quantization")
-    except SourceError as error:
-        report.problems.append(str(error))
-        return
+    old = read_json(path).get("quantization")
     if not isinstance(old, dict):
         report.problems.append("hf_quant_config.json: its quantization is no object; vLLM may fail over it")
         return
-    ours = (section.get("quant_algo"), sorted(section.get("ignore") or []), bool(section.get("kv_cache_scheme")))
-    theirs = (old.get("quant_algo"), sorted(old.get("exclude_modules") or []), bool(old.get("kv_cache_quant_algo")))
+    ours = (section.get("quant_algo"), _as_set(section.get("ignore")), bool(section.get("kv_cache_scheme")))
+    theirs = (old.get("quant_algo"), _as_set(old.get("exclude_modules")), bool(old.get("kv_cache_quant_algo")))
     if ours != theirs:
         report.problems.append("hf_quant_config.json: it says something else than config.json's quantization_config")
+
+
+def _as_set(entries: Any) -> set[str]:
+    return {str(entry) for entry in entries or []}
 
 
 # --- the KV cache ------------------------------------------------------------------------------------
 
 
-def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, report: Report) -> None:
+def _check_cache(
+    result: Checkpoint,
+    selection: Selection,
+    section: dict[str, Any],
+    method: Method | None,
+    made_here: bool,
+    report: Report,
+) -> str | None:
     """Every attention layer has the scales that the config promises, and each is one that vLLM can use."""
-    try:
-        selection = select(result)
-    except SourceError:
-        return  # _check_ignore says so
     attentions = {
         prefix
         for name, choice in selection.choices.items()
         if choice.layer is not None
         and (prefix := attention_prefix([name], f"{choice.component}.{choice.layer}" if choice.component else ""))
     }
-    scheme = section.get("kv_cache_scheme")
-    known = {f"{attention}.{name}" for attention in attentions for names in method.cache.values() for name in names}
+    names = method.cache if method is not None else MODELOPT.cache  # vLLM remaps names alike for most methods
+    known = {f"{attention}.{name}" for attention in attentions for each in names.values() for name in each}
     for name in result.tensors:
-        if re.search(r"\.(k|v|q|prob)_scale$", name) and name not in known:
+        if method is not None and CACHE_SCALE.search(name) and name not in known:
             report.problems.append(f"{name}: vLLM loads no KV-cache scale of this name here")
     found = {
         (attention, key): result.tensors[f"{attention}.{name}"]
         for attention in attentions
-        for key, names in method.cache.items()
-        for name in names
+        for key, each in names.items()
+        for name in each
         if f"{attention}.{name}" in result.tensors
     }
-    if not scheme:
-        if found:
-            report.problems.append(
-                f"{len(found)} KV-cache scales, but the config has no kv_cache_scheme: vLLM loads them and uses them "
-                "only with --kv-cache-dtype fp8"
+    scheme, promised = section.get("kv_cache_scheme"), promised_cache(result)
+    if promised is None:
+        if scheme and made_here:
+            report.problems.append(f"{SECTION}.kv_cache_scheme: {scheme!r} is no FP8 scheme")
+        elif has_cache_scales(result):
+            text = (
+                f"{sum(1 for name in result.tensors if CACHE_SCALE.search(name))} KV-cache scales, but the config has "
+                "no kv_cache_scheme that vLLM reads: it uses them only with --kv-cache-dtype fp8"
             )
-        return
-    if not (isinstance(scheme, dict) and scheme.get("num_bits") == 8 and scheme.get("type") == "float"):
-        report.problems.append(f"quantization_config.kv_cache_scheme: {scheme!r} is no FP8 scheme")
-    missing = [a for a in sorted(attentions) if (a, "k") not in found or (a, "v") not in found]
-    if missing:
-        lost = [key for key in "kv" if (missing[0], key) not in found]
-        what = "run it at scale 1.0" if len(lost) == 2 else "use the other's scale for it"
-        report.problems.append(
-            f"{missing[0]}: no {' and '.join(f'{key}_scale' for key in lost)}, in {len(missing)} of {len(attentions)} "
-            f"layers, although the config promises an FP8 KV cache: vLLM would {what}"
-        )
+            (report.problems if made_here else report.notes).append(text)
+        return None
+    if promised != "fp8":
+        report.notes.append(f"the config promises a KV cache in {promised}, which is not judged here")
+        return None
+    if isinstance(scheme, dict):
+        if not (scheme.get("num_bits") == 8 and scheme.get("type") == "float"):
+            report.problems.append(f"{SECTION}.kv_cache_scheme: {scheme!r} is no FP8 scheme")
+        if str(scheme.get("observer")).startswith("memoryless"):
+            report.notes.append(
+                f"{SECTION}.kv_cache_scheme.observer is {scheme['observer']}: it keeps the last batch's range alone, "
+                "so keys and values of others may be clipped"
+            )
+    _say_missing(attentions, found, section, report)
     values: dict[tuple[str, str], float] = {}
     for (attention, key), tensor in found.items():
-        heads = method.name == "compressed-tensors" and len(tensor.shape) == 3 and tensor.shape[1:] == (1, 1)
+        heads = len(tensor.shape) == 3 and tensor.shape[1:] == (1, 1)
         if tensor.shape not in ((), (1,)) and not heads:
             report.problems.append(f"{tensor.name}: shape {list(tensor.shape)}; one scale a layer is a single value")
+            continue
+        if tensor.dtype not in FORMATS:
+            report.problems.append(f"{tensor.name}: it is {tensor.dtype}; scales are BF16, F16 or F32")
             continue
         if bad := _bad_scales(result, tensor):
             report.problems.append(f"{tensor.name}: {bad[0]} is not finite and positive")
@@ -442,8 +476,30 @@ def _check_cache(result: Checkpoint, section: dict[str, Any], method: Method, re
         report.problems.append(
             f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s), as in an uncalibrated cache"
         )
-    _check_record(result, values, report)
-    _note_cache(found, attentions, method, report)
+    if made_here:
+        _check_record(result, values, report)
+    return _note_cache(result, found, attentions, names, made_here, report)
+
+
+def _say_missing(
+    attentions: set[str], found: dict[tuple[str, str], Tensor], section: dict[str, Any], report: Report
+) -> None:
+    """What vLLM 0.32 does without k_scale, without v_scale and without both, by its quantization methods' own code."""
+    own = str(section.get("quant_method")).startswith("modelopt")
+    fate = {
+        ("k", "v"): "run it at KV scale 1.0",
+        ("k",): "not start" if own else "run its keys at scale 1.0",
+        ("v",): "use k_scale for its values" if own else "run its values at scale 1.0",
+    }
+    lost: dict[tuple[str, ...], list[str]] = {}
+    for attention in sorted(attentions):
+        if gone := tuple(key for key in "kv" if (attention, key) not in found):
+            lost.setdefault(gone, []).append(attention)
+    for gone, where in lost.items():
+        report.problems.append(
+            f"{where[0]}: no {' and '.join(f'{key}_scale' for key in gone)}, in {len(where)} of {len(attentions)} "
+            f"layers, although the config promises an FP8 KV cache: vLLM would {fate[gone]}"
+        )
 
 
 def _check_record(result: Checkpoint, values: dict[tuple[str, str], float], report: Report) -> None:
@@ -480,33 +536,58 @@ def _scale_of(value: float, amax: float) -> bool:
     return exact * (1 - 2.0**-20) <= value <= exact * (1 + 2.0**-7) or (amax == 0 and value == 1.0)
 
 
-def _note_cache(found: dict[tuple[str, str], Tensor], attentions: set[str], method: Method, report: Report) -> None:
-    wide = [tensor for tensor in found.values() if tensor.dtype != "BF16"]
+def _note_cache(
+    result: Checkpoint,
+    found: dict[tuple[str, str], Tensor],
+    attentions: set[str],
+    names: dict[str, tuple[str, ...]],
+    made_here: bool,
+    report: Report,
+) -> str:
+    said = _dtype_said(result.config)
+    if made_here and said not in (None, "bfloat16"):
+        report.notes.append(f"config.json says {said}: serve it with --dtype bfloat16, as quantize/serve.yaml does")
+    held = "F16" if said == "float16" and not made_here else "BF16"
+    wide = [tensor for tensor in found.values() if tensor.dtype != held]
     if wide:
         report.notes.append(
-            f"{len(wide)} KV-cache scales are {wide[0].dtype}: vLLM rounds them to BF16 with a "
+            f"{len(wide)} KV-cache scales are {wide[0].dtype}: vLLM rounds them to {held} with a "
             "warning each, and may round them down"
         )
     own = [tensor.name for tensor in found.values() if re.search(r"\.[kv]_proj\.[kv]_scale$", tensor.name)]
     if own:
         report.notes.append(f"{own[0]}: ModelOpt's own name; vLLM 0.24.0 was seen to refuse it on Qwen2.5-VL")
-    for key in method.cache:
+    for key in names:
         if key not in ("k", "v") and any((a, key) not in found for a in attentions):
             report.notes.append(f"there is no {key}_scale: vLLM uses 1.0 for it")
-    kinds = ", ".join(key for key in method.cache if all((a, key) in found for a in attentions))
-    report.checked.append(f"{len(attentions)} attention layers: finite, positive KV-cache scales ({kinds or 'none'})")
+    kinds = ", ".join(key for key in names if all((a, key) in found for a in attentions))
+    return f"{len(attentions)} attention layers: finite, positive KV-cache scales ({kinds or 'none'})"
 
 
-def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> None:
-    try:
-        selection = select(result)
-    except SourceError as error:
-        report.problems.append(str(error))
-        return
+def _dtype_said(config: Mapping[str, Any]) -> str | None:
+    """The dtype that vLLM runs a model in: ``dtype``, in older configs ``torch_dtype``."""
+    parts = (config, text_config(config))
+    return next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
+
+
+# --- the ignore list ---------------------------------------------------------------------------------
+
+
+def _check_ignore(
+    result: Checkpoint,
+    selection: Selection,
+    section: dict[str, Any],
+    ignore: IgnoreList,
+    made_here: bool,
+    report: Report,
+) -> str:
     linears = {
         name.removesuffix(".weight"): tensor.dtype
         for name, tensor in result.tensors.items()
-        if is_linear_shaped(tensor) and selection.choices[name].role != "embedding"
+        if is_linear_shaped(tensor)
+        and selection.choices[name].role != "embedding"
+        and (made_here or not _may_be_embedding(name, selection))
+        and (tensor.dtype == FP8 or _targeted(name.removesuffix(".weight"), section))
     }
     modules = {name.rpartition(".")[0] for name in result.tensors}
     for name in result.tensors:  # fused experts that stay as they are go by their experts' names in a config
@@ -514,7 +595,6 @@ def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> Non
         if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
             for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
                 modules.update(module for module, _, _ in parts)
-    made_here = read_identity(result.root) is not None
     if not made_here:  # others list the names that transformers has; vLLM translates those as well
         linears = {
             next((alias for alias in _aliases(name) if alias in ignore), name) if name not in ignore else name: dtype
@@ -525,8 +605,26 @@ def _check_ignore(result: Checkpoint, ignore: IgnoreList, report: Report) -> Non
         idle = problem.endswith("matches nothing in this checkpoint")
         (report.notes if idle and not made_here and _is_broad(problem) else report.problems).append(problem)
     _check_renamed(result, ignore, linears, report)
+    outside = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "outside"]
+    if outside:
+        report.notes.append(f"{outside[0]}: {len(outside)} weights outside the language model are FP8")
     plain = sum(dtype != FP8 for dtype in linears.values())
-    report.checked.append(f"{plain} plain linear weights: the config ignores each, and no FP8 weight")
+    return f"{plain} plain linear weights: the config ignores each, and no FP8 weight"
+
+
+def _may_be_embedding(name: str, selection: Selection) -> bool:
+    """Whether a weight outside the language model may be a table and no linear layer, of which no config speaks.
+
+    Qwen3-VL's ``pos_embed`` is one. vLLM's loader knows for certain.
+    """
+    return selection.choices[name].role == "outside" and "embed" in name.split(".")[-2]
+
+
+def _targeted(module: str, section: dict[str, Any]) -> bool:
+    """Whether a group of compressed-tensors means this linear layer: the class Linear, its name, or a pattern of it."""
+    groups = section.get("config_groups")
+    targets = [t for g in groups.values() for t in g.get("targets") or []] if isinstance(groups, dict) else ["Linear"]
+    return any(t == "Linear" or t == module or (t[:3] == "re:" and re.match(t[3:], module)) for t in targets)
 
 
 def _aliases(module: str) -> Iterator[str]:
@@ -566,25 +664,23 @@ def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, st
             return
 
 
-def _check_tokenizer(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
+def _check_tokenizer(
+    result: Checkpoint, selection: Selection | None, source: Checkpoint | None, report: Report
+) -> None:
     """Whether the tokenizer can be this model's: no id beyond the embedding's rows, and the image's own id.
 
     What a source had already is its makers' business, and noted.
     """
     path = result.root / "tokenizer.json"
+    _say_unservable(result, source, report)
     if not path.exists():
         return
-    try:
-        content = read_json(path)
-        added = {entry["id"] for entry in content.get("added_tokens") or []}
-        vocabulary = content["model"]["vocab"]
-        ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
-        choices = select(result).choices
-    except SourceError as error:
-        report.problems.append(str(error))
+    found = _token_ids(path)
+    if found is None:
+        report.notes.append("tokenizer.json: it is not in the format that is known here; its ids are not checked")
         return
-    except (KeyError, TypeError):
-        return  # another library's format
+    ids, added = found
+    choices = selection.choices if selection is not None else {}
     carried = source.root / "tokenizer.json" if source is not None else None
     as_before = carried is not None and carried.exists() and carried.read_bytes() == path.read_bytes()
     place, whose = (report.notes, "as in the source") if as_before else (report.problems, "it is another model's")
@@ -597,7 +693,35 @@ def _check_tokenizer(result: Checkpoint, source: Checkpoint | None, report: Repo
             place.append(f"tokenizer.json: it has no id {value}, config.json's {key}; {whose}")
 
 
-def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> None:
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def _say_unservable(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
+    """What a server cannot start without, and exporters forget; a source that lacks it too is its makers' business."""
+    missing: list[tuple[str, tuple[str, ...]]] = []
+    if not any((result.root / name).exists() for name in TOKENIZERS):
+        missing.append(("tokenizer", TOKENIZERS))
+    if "vision_config" in result.config and not any((result.root / name).exists() for name in PROCESSORS):
+        missing.append(("image processor", PROCESSORS))
+    for what, names in missing:
+        had = source is not None and any((source.root / name).exists() for name in names)
+        where = report.problems if had or (source is None and read_identity(result.root) is None) else report.notes
+        where.append(f"{names[0]}: there is no {what}, without which vLLM does not start; copy it from the source")
+
+
+def _token_ids(path: Path) -> tuple[set[int], set[int]] | None:
+    """The ids of a tokenizer.json's vocabulary and of its added tokens; None for another library's format."""
+    content = read_json(path)
+    try:
+        added = {entry["id"] for entry in content.get("added_tokens") or []}
+        vocabulary = content["model"]["vocab"]
+        return (set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))), added
+    except (KeyError, TypeError):
+        return None
+
+
+def _check_config(result: Checkpoint, source: Checkpoint, made_here: bool, report: Report) -> str:
     ours, theirs = (
         {key: value for key, value in config.items() if key != "quantization_config"}
         for config in (result.config, source.config)
@@ -610,29 +734,58 @@ def _check_config(result: Checkpoint, source: Checkpoint, report: Report) -> Non
             )
         else:
             report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
+    same = 0
     for name in source.sidecars:
         path = result.root / name
         if name == "config.json":
             continue
+        grave = made_here or _is_served(name)
         if not path.exists():
-            report.problems.append(f"{name}: the source has it, the checkpoint does not")
-        elif path.read_bytes() != (source.root / name).read_bytes():
-            report.problems.append(f"{name}: it differs from the source's")
-    report.checked.append(f"config and {len(source.sidecars) - 1} small files: as in the source")
+            (report.problems if grave else report.notes).append(f"{name}: the source has it, the checkpoint does not")
+        elif path.read_bytes() == (source.root / name).read_bytes():
+            same += 1
+        elif made_here or not _says_the_same(path, source.root / name):
+            (report.problems if grave else report.notes).append(f"{name}: it differs from the source's")
+    return f"config as the source's, {same} of {len(source.sidecars) - 1} small files byte for byte"
+
+
+def _is_served(name: str) -> bool:
+    """Whether a server answers otherwise with another of these files, unlike a licence or a picture."""
+    return name == "tokenizer.json" or name.endswith((".model", ".tiktoken"))
+
+
+def _says_the_same(path: Path, other: Path) -> bool:
+    """Whether two JSON files mean the same: exporters write their versions into them, and tokenizers in a new order."""
+    if path.suffix != ".json":
+        return False
+    try:
+        ours, theirs = ({**read_json(each)} for each in (path, other))
+    except SourceError:
+        return False
+    if path.name == "tokenizer.json":
+        return bool(ours.get("model") == theirs.get("model") and _token_ids(path) == _token_ids(other))
+    for each in (ours, theirs):
+        for key in ("transformers_version", "_from_model_config", "processor_class", "tokenizer_class"):
+            each.pop(key, None)
+    return ours == theirs
 
 
 def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
     """Whether transformers makes the same of both configs: ModelOpt's export saves its own normal form."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of its own classes here
     made = []
     for checkpoint in (result, source):
         try:
             values = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False).to_dict()
         except Exception:  # a config that transformers cannot read means nothing in particular
             return False
-        made.append(_without(values, {SECTION, "_name_or_path", "transformers_version", "dtype", "torch_dtype"}))
-    return bool(made[0] == made[1])
+        values.pop(SECTION, None)
+        made.append(_without(values, {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}))
+    same_dtype = _dtype_said(result.config) == _dtype_said(source.config)  # parts may say it more than once
+    return bool(same_dtype and made[0] == made[1])
 
 
 def _without(value: Any, keys: set[str]) -> Any:
@@ -644,7 +797,9 @@ def _without(value: Any, keys: set[str]) -> Any:
 # --- against the source ------------------------------------------------------------------------------
 
 
-def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method, report: Report) -> None:
+def _check_accounts(
+    result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method | None, report: Report
+) -> str:
     selection = select(source)
     expected: set[str] = set()
     copied = quantized = 0
@@ -654,7 +809,7 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, 
         if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
             expected.add(name)
             copied += 1
-            if role == "linear" and name.removesuffix(".weight") not in ignore:
+            if method is not None and role == "linear" and name.removesuffix(".weight") not in ignore:
                 report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
             continue
         if role == "tied head" and found is None:
@@ -662,6 +817,9 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, 
         if role not in ("linear", "experts"):
             what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
             report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
+            continue
+        if method is None:  # what its weights became has other names and shapes
+            quantized += 1
             continue
         for module, rows, columns in expected_modules(name, tensor, role, selection):
             weight = result.tensors.get(f"{module}.weight")
@@ -675,10 +833,11 @@ def _check_accounts(result: Checkpoint, source: Checkpoint, ignore: IgnoreList, 
                 report.problems.append(
                     f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
                 )
-    for name in result.tensors:
-        if name not in expected and not re.search(r"\.(k|v|q|prob)_scale$", name):  # those have their own check
+    for name in result.tensors if method is not None else ():
+        if name not in expected and not CACHE_SCALE.search(name):  # those have their own check
             report.problems.append(f"{name}: the source has nothing that it could come from")
-    report.checked.append(f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} in FP8")
+    what = "in FP8" if method is not None else "of the language model's linear layers quantized, as it seems"
+    return f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} {what}"
 
 
 def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection) -> Iterator[tuple[str, int, int]]:

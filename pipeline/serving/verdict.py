@@ -15,11 +15,15 @@ from typing import Any
 
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError
 from pipeline.journal import read_identity
-from pipeline.model.selection import Selection, select
-from pipeline.serving.structure import Report, promises_fp8_cache, scalar
+from pipeline.model.selection import select
+from pipeline.serving.layout import promised_cache
+from pipeline.serving.structure import Report, scalar
 
 ABOUT_SCALES = re.compile(r"scal(e|ing)|dtype|calibrat", re.IGNORECASE)
 ROUNDING = 2.0**-8  # of a scale that becomes BF16
+NO_KERNEL = re.compile(
+    r"Failed to find a kernel|Unknown quantization method|not supported on (the )?(current|CPU)", re.I
+)
 MAX_RATIO = 1.1  # of perplexities in one engine; 8 bits cost a percent, a wrong scale much more
 MAX_DROP = 1.0  # nats a token, over the source's own greedy answer
 
@@ -38,6 +42,7 @@ def judge_load(
     Returns:
         Whether vLLM loaded it, so that something is proven if no problem was found.
     """
+    promised, sound = promised_cache(result), dict(loads)
     for kv, load in loads.items():
         if not load["error"]:
             continue
@@ -48,12 +53,19 @@ def judge_load(
             )
         elif baseline is not None and baseline["error"] and "vllm" in baseline:  # vLLM's own word, not a lost process
             report.notes.append(f"not proven: this vLLM does not load the source either: {baseline['error']}")
+        elif load.get("platform") == "cpu" and NO_KERNEL.search(load["error"]):
+            report.notes.append(f"not proven: this build of vLLM, for CPUs, has no kernel for it: {load['error']}")
+        elif kv != "auto" and promised is None:
+            report.problems.append(f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}")
+            del sound[kv]
+            continue
         else:
             report.problems.append(f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}")
         return False
-    promised = promises_fp8_cache(result)
     before = baseline if baseline is not None and not baseline["error"] else None
-    found = {kv: list(_findings(result, kv, load, before, promised)) for kv, load in loads.items()}
+    found = {
+        kv: list(_findings(result, load, before, "fp8" if kv == "fp8" else promised)) for kv, load in sound.items()
+    }
     for kv, findings in found.items():
         for weight, text in findings:
             everywhere = all((weight, text) in other for other in found.values())
@@ -61,28 +73,27 @@ def judge_load(
             place = report.problems if weight == "problem" else report.notes
             if line not in place:
                 place.append(line)
-    if not promised:
-        layers = len(next(iter(loads.values()))["attention"])
+    attention = next(iter(sound.values()))["attention"]
+    if promised is None and "fp8" not in loads:
         report.notes.append(
-            f"no KV scales: serve it with --kv-cache-dtype auto; with fp8 the attention of {layers} layers would run "
-            "at KV scale 1.0"
+            f"no KV scales: serve it with --kv-cache-dtype auto; with fp8 the attention of {len(attention)} layers "
+            "would run at KV scale 1.0"
         )
-    elif not next(iter(loads.values()))["attention"]:
+    elif not attention:
         report.notes.append("vLLM runs this model's attention in a way whose scales are not looked at here")
-        promised = False
-    _say_loaded(loads, promised, report)
+    _say_loaded(sound, "fp8" in sound and bool(attention), report)
     return True
 
 
-def _say_loaded(loads: Mapping[str, dict[str, Any]], promised: bool, report: Report) -> None:
-    first = next(iter(loads.values()))
+def _say_loaded(loads: Mapping[str, dict[str, Any]], scaled: bool, report: Report) -> None:
+    first = loads.get("fp8") or next(iter(loads.values()))
     methods = Counter(first["linears"].values())
     report.checked.append(
         f"vLLM {first['vllm']} ({first['platform']}) loads it with --kv-cache-dtype {' and '.join(loads)}: "
         f"{first['tensors'] - len(first['unconsumed'])} of {first['tensors']} tensors taken up; modules by method: "
         + ", ".join(f"{count} {method}" for method, count in methods.most_common())
     )
-    if promised and not report.problems:
+    if scaled and not report.problems:
         warned = {line for load in loads.values() for line in load["warnings"] if ABOUT_SCALES.search(line)}
         given = [key for key in ("k", "v", "q", "prob") if all(a["from"][f"{key}_scale"] for a in first["attention"])]
         report.checked.append(
@@ -95,17 +106,24 @@ Finding = tuple[str, str]  # "problem" or "note", and the sentence
 
 
 def _findings(
-    result: Checkpoint, kv: str, load: dict[str, Any], before: dict[str, Any] | None, promised: bool
+    result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | None, cache: str | None
 ) -> Iterator[Finding]:
+    """What one load shows; `cache` is the dtype that its KV cache should have, None for the model's own."""
     yield from _names(result, load, before)
-    if promised:
-        yield from _cache(result, kv, load)
+    if cache is not None:
+        yield from _cache(result, load, cache)
     strict = _ours(result)
     usual = set(before["warnings"]) if before else set()
+    alike: dict[str, list[str]] = {}
     for line in load["warnings"]:
         if line not in usual and (before is not None or ABOUT_SCALES.search(line)):
-            grave = strict and promised and ABOUT_SCALES.search(line)
-            yield "problem" if grave else "note", f"vLLM warns: {line[:300]}"
+            alike.setdefault(re.sub(r"\S*\d\S*", "", line), []).append(line)
+    for lines in alike.values():
+        grave = strict and cache is not None and ABOUT_SCALES.search(lines[0])
+        text = f"vLLM warns: {lines[0][:300]}" + (f" ({len(lines)} such lines)" if len(lines) > 1 else "")
+        if "q scaling factor" in lines[0]:
+            text += " (what it uses in truth is 1.0)"
+        yield "problem" if grave else "note", text
 
 
 def _ours(result: Checkpoint) -> bool:
@@ -145,6 +163,11 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
     if partly:
         name, (filled, size) = next(iter(partly.items()))
         yield "problem", f"{name}: the checkpoint fills {filled:,} of {size:,} values, {_in_all(partly)}"
+    usual_twice = set(before["twice"]) if before else set()
+    twice = {name: tensors for name, tensors in load["twice"].items() if name not in usual_twice}
+    if twice:
+        name, tensors = next(iter(twice.items()))
+        yield "problem", f"{name}: {' and '.join(tensors[:2])} both fill this parameter of vLLM's, {_in_all(twice)}"
     lost = [name for name in load["unconsumed"] if before is None or name not in before["unconsumed"]]
     lost = [name for name in lost if _module(name) not in {_module(entry["tensor"]) for entry in load["crossed"]}]
     if before is None:
@@ -162,18 +185,18 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
 def _needless(result: Checkpoint, names: Sequence[str]) -> list[str]:
     """Those that vLLM may leave by design, such as a pooling head or rotary frequencies; no weights, no scales."""
     try:
-        selection: Selection = select(result)
-    except SourceError:  # a checkpoint that structure already complains of
-        return []
+        choices = select(result).choices
+    except SourceError:  # packed weights, or what structure complains of already
+        choices = {}
     grave = ("linear", "experts", "embedding", "head")
     return [
         name
         for name in names
-        if name in selection.choices
-        and selection.choices[name].role not in grave
+        if name in choices
+        and choices[name].role not in grave
         and not name.endswith("_scale")
-        and not (name.endswith(".weight") and selection.choices[name].role != "outside")
-    ]
+        and not (name.endswith(".weight") and choices[name].role != "outside")
+    ] + [name for name in names if name.endswith(".g_idx")]  # GPTQ's order of columns, which only desc_act needs
 
 
 def _module(name: str) -> str:
@@ -184,21 +207,26 @@ def _in_all(things: Any) -> str:
     return f"{len(things)} in all"
 
 
-def _cache(result: Checkpoint, kv: str, load: dict[str, Any]) -> Iterator[Finding]:
+def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Finding]:
     """The scales that each attention will use, against what the checkpoint says."""
     layers = load["attention"]
-    wide = [layer for layer in layers if not layer["cache"].startswith("fp8")]
-    if wide:
-        yield "problem", f"{_attention(wide)} will keep a cache in BF16, although the config promises FP8"
+    other = [layer for layer in layers if not layer["cache"].startswith(cache)]
+    if other:
+        held = "BF16" if other[0]["cache"] == "auto" else other[0]["cache"]
+        yield "problem", f"{_attention(other)} will keep a cache in {held}, not in {cache.upper()} as it should"
     narrow = [layer for layer in layers if layer["cache"].startswith("fp8")]
     ones = [layer for layer in narrow if layer["k_scale"] == 1.0 and layer["v_scale"] == 1.0]
     if ones:
         yield "problem", f"{_attention(ones)} will run at KV scale 1.0"
-    for key in ("k", "v"):
-        absent = [layer for layer in narrow if not layer["from"][f"{key}_scale"] and layer not in ones]
+    joint = [layer for layer in narrow if str(layer["from"]["k_scale"]).endswith(".kv_scale")]
+    if joint:
+        yield "note", f"{_attention(joint)} has one kv_scale for keys and values, which newer vLLMs will not take"
+    for key, word in (("k", "keys"), ("v", "values")):
+        absent = [layer for layer in narrow if not layer["from"][f"{key}_scale"] and layer not in (*ones, *joint)]
         if absent:
-            other = "v" if key == "k" else "k"
-            yield "problem", f"{_attention(absent)} has no {key}_scale: vLLM will use {other}'s for it"
+            used = absent[0][f"{key}_scale"]
+            fate = f"run its {word} at scale 1.0" if used == 1.0 else f"use {used:.4g}, the other's, for its {word}"
+            yield "problem", f"{_attention(absent)} has no {key}_scale: vLLM will {fate}"
     for key in ("k", "v", "q", "prob"):
         for layer in narrow:
             name, used = layer["from"][f"{key}_scale"], layer[f"{key}_scale"]
@@ -210,8 +238,8 @@ def _cache(result: Checkpoint, kv: str, load: dict[str, Any]) -> Iterator[Findin
             if not abs(used - stored) <= ROUNDING * abs(stored):
                 yield "problem", f"{name}: it says {stored:.6g}, vLLM will use {used:.6g}"
     without = [layer for layer in narrow if not layer["from"]["q_scale"]]
-    if without:
-        yield "problem" if _ours(result) else "note", f"{_attention(without)} will run queries at scale 1.0: no q_scale"
+    if without and _ours(result):  # of others' the structural check has noted it
+        yield "problem", f"{_attention(without)} will run queries at scale 1.0: no q_scale"
 
 
 def _attention(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.calibration.captions import read_source
 from pipeline.calibration.machine import available_memory
 from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
+from pipeline.journal import read_identity
 from pipeline.model.selection import text_config
+from pipeline.serving.layout import has_cache_scales, promised_cache
 from pipeline.serving.profile import FILE as PROFILE
 from pipeline.serving.profile import cache_bytes_per_token
 from pipeline.serving.server import HOW_TO_GET, Server, Session
-from pipeline.serving.structure import Report, check_structure, promises_fp8_cache
+from pipeline.serving.structure import Report, check_structure, read_back
 from pipeline.serving.verdict import judge_generation, judge_load
 
 if TYPE_CHECKING:
@@ -57,6 +61,7 @@ def verify(
         The report; it never raises over what is wrong with the checkpoint.
     """
     report = check_structure(directory, source, contents)
+    report.asked = level
     if level == "structure":
         return report
     if session is None:
@@ -70,11 +75,17 @@ def verify(
     server = session.server
     say(f"loading it in {server.name}")
     alone = engine or (level == "generate" and baseline is None)
-    loaded, loads = _load(result, baseline, session, report, alone)
+    made_here = read_identity(result.root) is not None
+    with _Reading(result if made_here and not contents else None, report):
+        loaded, loads = _load(result, baseline, session, report, alone)
     if not loaded:
         return report
     report.proven_in_vllm = not report.problems
-    if level == "generate" and report.passed:
+    if level == "load" and not engine and (why := _no_kernel(server, loads)):
+        report.notes.append(f"not run: {why}")
+    if level == "generate" and not report.passed and made_here:
+        report.notes.append("not generated: what is wrong is to be mended first")
+    elif level == "generate":
         if baseline is None:
             report.notes.append("answers are held against the source's where it is named (--source)")
         elif why := _cannot_generate(result, baseline, server, loads):
@@ -85,6 +96,28 @@ def verify(
     return report
 
 
+class _Reading:
+    """Reads every byte of a result back, against the hashes of its run, while vLLM loads it."""
+
+    def __init__(self, result: Checkpoint | None, report: Report) -> None:
+        self.result, self.report = result, report
+        self.stop = threading.Event()
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> None:
+        if self.result is not None:
+            self.found = self.pool.submit(read_back, self.result, self.stop)
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self.stop.set()
+        elif self.result is not None:
+            found = self.found.result()
+            self.report.problems += found.problems
+            self.report.checked += found.checked
+        self.pool.shutdown()
+
+
 # --- load --------------------------------------------------------------------------------------------
 
 
@@ -92,21 +125,23 @@ def _load(
     result: Checkpoint, source: Checkpoint | None, session: Session, report: Report, engine: bool
 ) -> tuple[bool, dict[str, dict[str, Any]]]:
     server = session.server
-    promised = promises_fp8_cache(result)
-    kinds = ["auto", "fp8"] if promised else ["auto"]
-    jobs = [_load_job(source, "auto")] if source is not None else []
-    jobs += [_load_job(result, kv) for kv in kinds]
+    kinds = _cache_kinds(result)
+    dtype = _dtype(result)
+    jobs = [_load_job(source, "auto", dtype)] if source is not None else []
+    jobs += [_load_job(result, kv, dtype) for kv in kinds]
     profile = result.root / PROFILE
     if profile.exists():
         jobs.append({"kind": "arguments", "profile": str(profile.absolute()), "checkpoint": jobs[-1]["checkpoint"]})
     answers = engine and not _too_large(result, server)
     if answers:
         few = _engine_job(result, FEW)
-        jobs.insert(0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1]})  # the longest job begins first
+        jobs.insert(
+            0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1], "dtype": dtype}
+        )  # the longest job begins first
     records = session.run(jobs, parallel=min(2, os.cpu_count() or 1), seconds=_patience(result))
     answer = records.pop(0) if answers else None
     if profile.exists():
-        _judge_profile(records.pop(), server, report)
+        _judge_profile(records.pop(), result, server, report)
     baseline = records.pop(0) if source is not None else None
     loads = dict(zip(kinds, records, strict=True))
     loaded = judge_load(result, loads, baseline, report)
@@ -123,10 +158,17 @@ def _load(
     return loaded, loads
 
 
-def _fails_too(source: Checkpoint, session: Session) -> dict[str, Any]:
-    """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads."""
+def _fails_too(source: Checkpoint, session: Session) -> str | None:
+    """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads.
+
+    None where it runs, or where the process was lost and nothing was said.
+    """
     (same,) = session.run([{**_engine_job(source, FEW), "kv": "fp8"}], seconds=_patience(source))
-    return same
+    return None if same.get("cut_off") or _no_session(same) else same["error"]
+
+
+def _no_session(run: dict[str, Any]) -> bool:
+    return str(run["error"]).startswith("vLLM did not start")
 
 
 def _patience(checkpoint: Checkpoint) -> float:
@@ -149,8 +191,8 @@ def _judge_answer(
         report.notes.append(f"not generated: {why}")
     elif answer.get("cut_off"):
         report.notes.append(f"not generated: vLLM's engine was given up: {answer['error']}")
-    elif answer["error"] and source is not None and (same := _fails_too(source, session))["error"]:
-        report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}")
+    elif answer["error"] and source is not None and (same := _fails_too(source, session)):
+        report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
     elif answer["error"]:
         report.problems.append(f"vLLM's engine fails: {answer['error']}")
     elif not all(math.isfinite(value) for entry in answer["completions"] for value in entry["logprobs"]):
@@ -162,7 +204,10 @@ def _judge_answer(
     report.proven_in_vllm = report.passed
 
 
-def _judge_profile(record: dict[str, Any], server: Server, report: Report) -> None:
+def _judge_profile(record: dict[str, Any], result: Checkpoint, server: Server, report: Report) -> None:
+    cache = str((record.get("parsed") or {}).get("kv_cache_dtype"))
+    if cache.startswith("fp8") and not has_cache_scales(result):
+        report.problems.append(f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0")
     if record["error"]:
         report.notes.append(f"{PROFILE}: not held against {server.name}: {record['error']}")
     elif record["problem"]:
@@ -171,11 +216,23 @@ def _judge_profile(record: dict[str, Any], server: Server, report: Report) -> No
         report.checked.append(f"{PROFILE}: {server.name} takes its arguments")
 
 
-def _load_job(checkpoint: Checkpoint, kv: str) -> dict[str, Any]:
+def _cache_kinds(result: Checkpoint) -> list[str]:
+    """The --kv-cache-dtype to try: auto, and fp8 where somebody would say it."""
+    promised = promised_cache(result)
+    return ["auto", "fp8"] if promised == "fp8" or (promised is None and has_cache_scales(result)) else ["auto"]
+
+
+def _dtype(result: Checkpoint) -> str:
+    """What a server is told: results of ours run in BF16, as they were measured, whatever their source's dtype is."""
+    return "bfloat16" if read_identity(result.root) is not None else "auto"
+
+
+def _load_job(checkpoint: Checkpoint, kv: str, dtype: str = "auto") -> dict[str, Any]:
     return {
         "kind": "load",
         "checkpoint": str(checkpoint.root.absolute()),
         "kv": kv,
+        "dtype": dtype,
         "max_model_len": _context(checkpoint),
     }
 
@@ -213,31 +270,28 @@ def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[st
 
 
 def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: Report) -> None:
-    promised = promises_fp8_cache(result)
-    kinds = ["auto", "fp8"] if promised else ["auto"]
-    job = _engine_job(source, ANSWER, SCORED)
-    (before,) = session.run([{**job, "kv": "auto"}], seconds=_patience(source))
+    kinds = _cache_kinds(result)
+    job = {**_engine_job(source, ANSWER, SCORED), "dtype": _dtype(result)}
+    (before,) = _tried(session, [{**job, "kv": "auto"}], _patience(source))
+    if _no_session(before):
+        report.problems.append(f"vLLM could not be run: {before['error']}; mend its environment and verify again")
+        return
     if before["error"]:
         report.notes.append(f"not generated: this vLLM does not run the source: {before['error']}")
         return
     job["completions"] = [entry["tokens"] for entry in before["completions"]]
     path = str(result.root.absolute())
-    runs = dict(
-        zip(
-            kinds,
-            session.run([{**job, "checkpoint": path, "kv": kv} for kv in kinds], seconds=_patience(source)),
-            strict=True,
-        )
-    )
+    asked = [{**job, "checkpoint": path, "kv": kv} for kv in kinds]
+    runs = dict(zip(kinds, _tried(session, asked, _patience(source)), strict=True))
     for kv, run in runs.items():
         if not run["error"]:
             continue
         if run.get("cut_off"):
-            report.notes.append(f"not generated: vLLM's engine was given up: {run['error']}")
-            return
-        same = _fails_too(source, session)
-        if promised and same["error"]:
-            report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}")
+            report.problems.append(
+                f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
+            )
+        elif "fp8" in kinds and (same := _fails_too(source, session)):
+            report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
         else:
             report.problems.append(f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}")
         return
@@ -246,6 +300,15 @@ def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: 
     _same_scales(report, runs)
     report.level, report.proven_in_vllm = "generate", report.passed
     report.vllm["generated"] = figures
+
+
+def _tried(session: Session, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Jobs' results; one whose process was lost gets another chance, since a busy machine may have taken it."""
+    runs = session.run(jobs, seconds=seconds)
+    for number, run in enumerate(runs):
+        if run.get("cut_off"):
+            (runs[number],) = session.run([jobs[number]], seconds=seconds)
+    return runs
 
 
 def _same_scales(report: Report, runs: dict[str, dict[str, Any]]) -> None:

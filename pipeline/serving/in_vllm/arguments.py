@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Set
+from pathlib import Path
 from typing import Any
+
+READ = ("kv_cache_dtype", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size")
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
@@ -15,7 +19,9 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         job: ``profile``, the YAML file; ``checkpoint``, a directory.
 
     Returns:
-        ``problem``: what vLLM's parser says of it, or null; ``vllm``: the version.
+        ``problem``: what vLLM's parser says of it, or what it would leave out in silence, or null; ``parsed``: what it
+        reads, or null where it refuses: ``kv_cache_dtype``, ``max_model_len`` (tokens), ``gpu_memory_utilization`` and
+        ``tensor_parallel_size``; ``vllm``: the version.
     """
     import vllm
     from vllm.engine.arg_utils import EngineArgs
@@ -26,13 +32,15 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     except ImportError:  # before 0.32
         from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
     said = io.StringIO()
-    result: dict[str, Any] = {"error": None, "vllm": vllm.__version__, "problem": None}
+    result: dict[str, Any] = {"error": None, "vllm": vllm.__version__, "problem": None, "parsed": None}
     try:
         with contextlib.redirect_stderr(said):
             serve = make_arg_parser(FlexibleArgumentParser())
             sys.argv = ["vllm", "serve", job["checkpoint"], "--config", job["profile"]]
             parsed = serve.parse_args(sys.argv[2:])
             validate_parsed_serve_args(parsed)
+        result["parsed"] = {key: getattr(parsed, key) for key in READ}
+        result["problem"] = _dropped(job["profile"], set(serve._option_string_actions))
         parsed.model = job["checkpoint"]
         EngineArgs.from_cli_args(parsed).create_model_config()  # the context's length and the config's overrides
     except SystemExit:
@@ -42,3 +50,20 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         lines = [line.strip() for line in str(error).splitlines() if "validation error" not in line]
         result["problem"] = lines[0].partition(" [type=")[0] if lines else type(error).__name__
     return result
+
+
+def _dropped(profile: str, known: Set[str]) -> str | None:
+    """The first argument of a profile that vLLM passes over without a word, and why.
+
+    It makes ``--no-NAME`` of a false value where it has that option, and nothing at all where it has not: a misspelt
+    name goes unnoticed. An empty list, too, becomes nothing.
+    """
+    import yaml
+
+    for key, value in yaml.safe_load(Path(profile).read_text()).items():
+        option = key.partition(".")[0].replace("_", "-")
+        if f"--{option}" not in known:
+            return f"{key}: vllm serve has no argument of that name"
+        if value == [] or (value is False and f"--no-{option}" in known and f"--no-{key}" not in known):
+            return f"{key}: vLLM would pass over this in silence; write {option}, with a value"
+    return None

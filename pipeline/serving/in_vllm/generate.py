@@ -22,7 +22,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     Args:
         job: ``checkpoint``, a directory; ``kv``, the --kv-cache-dtype; ``prompts``, texts to complete; ``tokens``, how
             many; ``texts``, whole texts to score; ``image``, whether to ask about an image, too; ``completions``,
-            token lists of another engine, one a prompt (the image's last), to score; ``max_model_len`` and
+            token lists of another engine, one a prompt (the image's last), to score; ``dtype``, ``max_model_len`` and
             ``cache_bytes``.
 
     Returns:
@@ -46,7 +46,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         max_model_len=job["max_model_len"],
         max_num_seqs=8,
         max_num_batched_tokens=job["max_model_len"],
-        dtype="bfloat16",
+        dtype=job.get("dtype", "auto"),
         kv_cache_dtype=job["kv"],
         kv_cache_memory_bytes=job["cache_bytes"],
         seed=0,

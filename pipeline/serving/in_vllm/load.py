@@ -51,13 +51,14 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     """Load one checkpoint.
 
     Args:
-        job: ``checkpoint``, a directory; ``kv``, the --kv-cache-dtype; ``max_model_len``.
+        job: ``checkpoint``, a directory; ``kv``, the --kv-cache-dtype; ``dtype``; ``max_model_len``.
 
     Returns:
         Plain data: ``error`` (vLLM's own, or null), ``unconsumed`` tensors, ``unfilled`` and ``partly`` filled
-        parameters, ``crossed`` (FP8 codes in a plain parameter or the reverse, with dtypes), ``linears`` (module to
-        quantization method), ``attention`` (of each layer: dtype of its cache, the scales it will use and the tensors
-        they came from), ``warnings``, versions, seconds and memory.
+        parameters, ``twice`` (parameters that more was loaded into than they hold, with the tensors), ``crossed`` (FP8
+        codes in a plain parameter or the reverse, with dtypes), ``linears`` (module to quantization method),
+        ``attention`` (of each layer: dtype of its cache, the scales it will use and the tensors they came from),
+        ``warnings``, versions, seconds and memory.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -96,7 +97,7 @@ def _load(job: dict[str, Any], tensors: dict[str, tuple[Path, Tensor]], seen: Wa
         max_model_len=job["max_model_len"],
         max_num_seqs=2,
         max_num_batched_tokens=job["max_model_len"],
-        dtype="bfloat16",
+        dtype=job.get("dtype", "auto"),
         kv_cache_dtype=job["kv"],
         kv_cache_memory_bytes=64 << 20,
     ).create_engine_config()
@@ -204,6 +205,13 @@ class _Record:
                 for name in plain
                 if 0 < self.filled[name] < sizes[name] and not self._one_scale(name)
             },
+            "twice": {
+                name: sorted(set(self.sources[name]))
+                for name in plain
+                if name.endswith(("weight", "bias"))  # parts of what is fused share places for scales and shapes
+                and self.filled[name] > self.parameters[name].numel()
+                and len(set(self.sources[name])) > 1
+            },
             "crossed": crossed,
         }
 
@@ -227,8 +235,13 @@ def _padding(model: Any) -> dict[str, int]:
 
 def _tensors(root: Path) -> dict[str, tuple[Path, Tensor]]:
     """Every tensor that vLLM would be given: of the shards in the index, or of all where there is none."""
+    from safetensors import safe_open
+
     index = root / INDEX
     names = list(parse_index(index)) if index.exists() else sorted(path.name for path in root.glob("*.safetensors"))
+    for name in names:
+        with safe_open(root / name, "pt"):  # the library's own word on the header
+            pass
     return {tensor.name: (root / name, tensor) for name in names for tensor in read_header(root / name)[1].values()}
 
 
@@ -248,7 +261,8 @@ def _dtype(name: str) -> Any:
     return {
         "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
-        "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+        "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool, "F8_E8M0": torch.float8_e8m0fnu,
+        "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     }[name]  # fmt: skip
 
 
