@@ -70,6 +70,23 @@ def test_a_second_identical_run_says_so_and_changes_nothing(tmp_path: Path, quan
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_published_result_whose_small_files_changed_is_not_called_done(
+    tmp_path: Path, quantize: Any, write_recipe: Any
+) -> None:
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    assert quantize(recipe).returncode == 0
+    path = tmp_path / "out" / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"num_hidden_layers"', '"num_layers"'))
+    done = quantize(recipe)
+    assert done.returncode == 1 and "config.json: it is not the file that the run wrote" in done.stderr
+    assert "--fresh" in done.stderr
+    path.unlink()
+    assert "config.json: recorded by the run, absent here" in quantize(recipe).stderr
+    path.write_text(text)
+    assert "done already" in quantize(recipe).stdout
+
+
 def test_another_recipe_is_refused_and_fresh_replaces(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
     assert quantize(recipe).returncode == 0

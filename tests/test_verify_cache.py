@@ -400,7 +400,7 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "sparsity": ("llmcompressor", lambda o: section(o, sparsity_config={"format": "dense"}), "sparsity_config: vLLM"),
     "an input scale that is far too small": (
-        "modelopt", put(f"{L0}.o_proj.input_scale", 1e-7), "o_proj.input_scale: 1e-07 is out of the range"),
+        "modelopt", put(f"{L0}.o_proj.input_scale", 1e-14), "o_proj.input_scale: 1e-14 is out of the range"),
     "metadata of numbers": ("modelopt", lambda o: edit_header(o, {"format": 1}), "is no map from text to text"),
     "a header in UTF-16": ("modelopt", lambda o: edit_header(o, None, "utf-16"), "is not JSON in UTF-8"),
     "F64": (

@@ -364,8 +364,10 @@ def test_modelopts_own_layout_is_told_what_it_will_cost(
     report = verify(out, open_checkpoint(demo["source"]), "load", session)
     assert report.passed
     notes = "\n".join(report.notes)
-    assert "attention of 6 layers" in notes and "queries at scale 1.0" in notes
+    assert "there is no q_scale: vLLM uses 1.0 for it" in notes
     assert "vLLM warns: Checkpoint does not provide a q scaling factor" in notes
+    assert "(what it uses in truth is 1.0)" in notes
+    assert "Attempted to load weight" in notes and "(12 such lines)" in notes
 
 
 # --- generation --------------------------------------------------------------------------------------
@@ -427,6 +429,69 @@ def test_what_vllm_refuses_is_not_published(
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
     assert written and again == written, "weights were written again"
     assert (tmp_path / "out").is_dir() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_published_result_is_proven_further_when_asked(
+    demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any
+) -> None:
+    """Published with its structure alone; asked for more, it is loaded, and not converted again."""
+    recipe, out = recipe_file(tmp_path, demo["source"], "verify: structure"), tmp_path / "out"
+    assert quantize(recipe).returncode == 0
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    done = quantize(recipe, "verify=load")
+    assert done.returncode == 0, done.stderr
+    assert "done already" in done.stdout and "verification: passed (loaded in" in done.stdout
+    told = json.loads((out / "quantize" / "verify.json").read_text())
+    assert told["level"] == "load" and told["proven_in_vllm"] and told["checkpoint"] == "out"
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    assert "verification" not in quantize(recipe, "verify=load").stdout, "verified again, for nothing"
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    told["asked"] = "structure"
+    (out / "quantize" / "verify.json").write_text(json.dumps(told))
+    done = quantize(recipe, "verify=load")
+    assert done.returncode == 1 and "it is published, but fails verification; do not serve it" in done.stderr
+    assert "its bytes are not those that the run wrote" in done.stderr
+
+
+CRASH = """
+import os, sys
+
+class Crash:
+    def find_spec(self, name, path=None, target=None):
+        frame = sys._getframe() if name == "pipeline.serving.in_vllm.cpu" else None
+        while frame:
+            job = frame.f_locals.get("job")
+            if isinstance(job, dict) and job.get("kind") == "generate" and job["checkpoint"] == os.environ["CRASHES"]:
+                os.kill(os.getpid(), 11)
+            frame = frame.f_back
+
+sys.meta_path.insert(0, Crash())
+"""
+
+
+def test_an_engine_that_dies_on_the_result_alone_is_a_problem(
+    demo: dict[str, Path], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source runs, so it is not the machine: a real segmentation fault, in the engine's process, twice."""
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CRASHES", str(demo["modelopt"].absolute()))
+    with Session(server) as session:
+        report = verify(demo["modelopt"], open_checkpoint(demo["source"]), "generate", session)
+    assert not report.passed and not report.proven_in_vllm
+    assert any("vLLM's engine dies with --kv-cache-dtype auto, twice" in line for line in report.problems)
+    assert any("SIGSEGV" in line for line in report.problems)
+
+
+def test_bytes_are_read_back_beside_vllm(demo: dict[str, Path], session: Session, tmp_path: Path) -> None:
+    out = shutil.copytree(demo["modelopt"], tmp_path / "out")
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[open_checkpoint(out).tensors[f"{V0}.weight"].offset + 9] ^= 8
+    (out / "model.safetensors").write_bytes(data)
+    report = verify(out, open_checkpoint(demo["source"]), "load", session)
+    assert report.problems == [f"{V0}.weight: {HASH} (SHA-256 differs)"] and not report.proven_in_vllm
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
