@@ -229,6 +229,15 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return make
 
 
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, a small Qwen3-VL that has learned a few sentences; a minute to make."""
+    target = tmp_path_factory.mktemp("demo model") / "source"  # a space in the path, since users have them
+    make = [sys.executable, ROOT / "scripts" / "make_demo_model.py", target]
+    subprocess.run(make, check=True, capture_output=True)
+    return target
+
+
 # --- calibrated runs ---------------------------------------------------------------------------------
 
 CALIBRATED = """\

@@ -16,7 +16,7 @@ from pipeline.checkpoint.source import open_checkpoint
 from pipeline.serving.server import Session
 from pipeline.serving.structure import check_structure
 from pipeline.serving.verify import verify
-from tests.conftest import ROOT, real_vllm
+from tests.conftest import real_vllm
 from tests.test_verify import drop, edit_config, rewrite, section
 from tests.test_verify_cache import both, put
 
@@ -82,13 +82,12 @@ def session() -> Iterator[Session]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo's model, and what others make of it, each in one shard with an index."""
     from safetensors.torch import load_file, save_file
 
     root = tmp_path_factory.mktemp("strangers")
-    source = root / "source"
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_demo_model.py", source], check=True, capture_output=True)
+    source = demo_model
     tensors = {name: t for shard in source.glob("*.safetensors") for name, t in load_file(shard).items()}
     save_file(tensors, root / "source.safetensors")
     small = [name for name in SMALL if (source / name).exists()]

@@ -22,7 +22,7 @@ from pipeline.serving.server import Server, Session
 from pipeline.serving.structure import Report, check_structure
 from pipeline.serving.verdict import judge_load
 from pipeline.serving.verify import _load_job, verify
-from tests.conftest import QUANTIZE, ROOT, SCHEMES, SHARED, real_vllm
+from tests.conftest import QUANTIZE, SCHEMES, SHARED, real_vllm
 from tests.test_verify import drop, edit_config, rename, reshape, rewrite, section
 from tests.test_verify_cache import all_of, both, put
 
@@ -46,12 +46,10 @@ def session(server: Server) -> Iterator[Session]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo's model, and what both backends make of it; `sharded` is the first in several shards."""
-    root = tmp_path_factory.mktemp("demo model")  # a space in the path, since users have them
-    source = root / "source"
-    make = [sys.executable, ROOT / "scripts" / "make_demo_model.py", source]
-    subprocess.run(make, check=True, capture_output=True)
+    root = tmp_path_factory.mktemp("demo results")
+    source = demo_model
     made = {"source": source}
     for name, backend, more in (
         ("modelopt", "modelopt", ""),
