@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.serving import server as servers
-from pipeline.serving.server import Server
+from pipeline.serving.server import Server, Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -204,7 +204,8 @@ def mounted(tmp_path: Path) -> Iterator[Any]:
 # --- small models of transformers ---------------------------------------------------------------------
 
 
-def real_vllm() -> Server:
+@pytest.fixture(scope="session")
+def server() -> Server:
     """The vllm environment of this checkout. A test that needs it is skipped without it, but for scripts/test.sh."""
     found = servers.find(None)
     if found is None:
@@ -212,6 +213,13 @@ def real_vllm() -> Server:
         say(f"there is no vLLM here: {servers.HOW_TO_GET}")
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="session")
+def session(server: Server) -> Iterator[Session]:
+    """One process of vLLM for all tests that verify; its imports take seconds."""
+    with Session(server) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

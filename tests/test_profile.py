@@ -208,10 +208,7 @@ json.dump(told, open(sys.argv[1], "w"))
 
 
 @pytest.mark.vllm
-def test_vllm_counts_the_same_cache(tmp_path: Path) -> None:
-    server = servers.find(None)
-    if server is None:
-        pytest.skip(f"there is no vLLM here: {servers.HOW_TO_GET}")
+def test_vllm_counts_the_same_cache(tmp_path: Path, server: servers.Server) -> None:
     for name, config in SHAPES.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -475,11 +472,8 @@ def test_the_shares_of_the_shared_gpu_leave_room() -> None:
 
 
 @pytest.mark.vllm
-def test_what_vllm_reads_of_a_profile(tmp_path: Path) -> None:
+def test_what_vllm_reads_of_a_profile(tmp_path: Path, session: servers.Session) -> None:
     """And what it would pass over in silence."""
-    server = servers.find(None)
-    if server is None:
-        pytest.skip(f"there is no vLLM here: {servers.HOW_TO_GET}")
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps({**TEXT, "architectures": ["Qwen3ForCausalLM"]}))
@@ -495,8 +489,7 @@ def test_what_vllm_reads_of_a_profile(tmp_path: Path) -> None:
     for number, text in enumerate(rows):
         (tmp_path / f"{number}.yaml").write_text(head + text)
         jobs.append({"kind": "arguments", "profile": str(tmp_path / f"{number}.yaml"), "checkpoint": str(checkpoint)})
-    with servers.Session(server) as session:
-        answers = session.run(jobs, parallel=2)
+    answers = session.run(jobs, parallel=2)
     for answer, problem in zip(answers, rows.values(), strict=True):
         assert answer["error"] is None, answer
         assert (problem in answer["problem"]) if problem else answer["problem"] is None, answer

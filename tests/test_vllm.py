@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.serving.server import Server, Session
 from pipeline.serving.structure import Report, check_structure
 from pipeline.serving.verdict import judge_load
 from pipeline.serving.verify import _load_job, verify
-from tests.conftest import QUANTIZE, SCHEMES, SHARED, real_vllm
+from tests.conftest import QUANTIZE, SCHEMES, SHARED
 from tests.test_verify import drop, edit_config, rename, reshape, rewrite, section
 from tests.test_verify_cache import all_of, both, put
 
@@ -32,17 +32,6 @@ A0, A1 = f"{L0}.self_attn", f"{L1}.self_attn"
 V0 = "model.visual.blocks.0.attn.qkv"
 HELD_OUT = slice(-500, -300)
 BASELINE: dict[str, float] = {}  # mean negative log-probability of the held-out captions, by source
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return real_vllm()
-
-
-@pytest.fixture(scope="module")
-def session(server: Server) -> Iterator[Session]:
-    with Session(server) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
