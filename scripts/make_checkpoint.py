@@ -44,14 +44,16 @@ def _qwen2_5_vl(tie: bool, text: dict[str, Any]) -> dict[str, Any]:
               "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu"}  # fmt: skip
     return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
             "tie_word_embeddings": tie,
-            "text_config": {**text, "rope_parameters": _QWEN2_ROPE, "tie_word_embeddings": tie},
+            "text_config": {**text, "max_position_embeddings": 128000, "rope_parameters": _QWEN2_ROPE,
+                            "tie_word_embeddings": tie},
             "vision_config": vision}  # fmt: skip
 
 
 def _qwen3_vl(tie: bool, text: dict[str, Any], vision: dict[str, Any], moe: bool = False) -> dict[str, Any]:
     name = "Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"
     return {"architectures": [name], "model_type": "qwen3_vl_moe" if moe else "qwen3_vl", "tie_word_embeddings": tie,
-            "text_config": {**text, "head_dim": 128, "rope_parameters": _QWEN3_ROPE, "tie_word_embeddings": tie},
+            "text_config": {**text, "head_dim": 128, "max_position_embeddings": 262144, "rope_parameters": _QWEN3_ROPE,
+                            "tie_word_embeddings": tie},
             "vision_config": vision}  # fmt: skip
 
 
@@ -77,11 +79,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_1_7b": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True,
                    **_text(2048, 28, 6144, 16, 8, 151936, head_dim=128, max_position_embeddings=40960)},
     "qwen3_8b": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": False,
-                 **_text(4096, 36, 12288, 32, 8, 151936, head_dim=128)},
+                 **_text(4096, 36, 12288, 32, 8, 151936, head_dim=128, max_position_embeddings=40960)},
     "llama_3_1_8b": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False,
-                     **_text(4096, 32, 14336, 32, 8, 128256)},
+                     **_text(4096, 32, 14336, 32, 8, 128256, max_position_embeddings=131072)},
     "llama_3_2_1b": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True,
-                     **_text(2048, 16, 8192, 32, 8, 128256, head_dim=64)},
+                     **_text(2048, 16, 8192, 32, 8, 128256, head_dim=64, max_position_embeddings=131072)},
 }  # fmt: skip
 
 

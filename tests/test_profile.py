@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,17 @@ def test_vllm_counts_the_same_cache(tmp_path: Path, server: servers.Server) -> N
         cache = profile._cache(profile._language(config), 2, 1, told["flight"])
         for length, count in told["sequences"].items():
             assert cache.sequence(int(length)) == count, (path, length)
+
+
+def test_a_class_is_asked_without_torch_in_this_process() -> None:
+    """LLaVA-1.5's config names no sizes; a conversion without data stays as small as its plan says."""
+    code = (
+        "import sys; from pipeline.serving import profile\n"
+        "config = {'model_type': 'llava', 'text_config': {'model_type': 'llama'}, 'vision_config': {}}\n"
+        "print(profile.cache_bytes_per_token(config, 2), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["524288", "False"], done.stderr
 
 
 def test_the_cache_that_an_h200_was_seen_to_have() -> None:

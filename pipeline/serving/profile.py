@@ -6,16 +6,20 @@ What the recipe's ``serve`` says, and for the rest what the checkpoint implies. 
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.model.selection import text_config
 from pipeline.recipe import RopeScaling, Serve, name_problem, parse_size
 
@@ -237,8 +241,8 @@ def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = text_config(config)
     needed = ["num_hidden_layers", "num_attention_heads"]
     if text is not config:
-        needed += ["num_key_value_heads", "head_dim", "max_position_embeddings"]
-    elif text.get("head_dim") is None:
+        needed += ["num_key_value_heads", "max_position_embeddings"]
+    if text.get("head_dim") is None:
         needed.append("hidden_size")
     windows = bool(text.get("sliding_window")) and not text.get("layer_types")
     if not windows and all(text.get(key) is not None for key in needed):
@@ -249,7 +253,32 @@ def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _by_class(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's values as transformers' class of it has them; nothing where it has no class, or that refuses it."""
+    """`class_values`, in a process of its own where torch is not loaded: a run without data does without its memory."""
+    return dict(_asked(json.dumps(part, sort_keys=True)))
+
+
+@lru_cache(maxsize=8)
+def _asked(text: str) -> Mapping[str, Any]:
+    if "torch" in sys.modules:
+        return class_values(json.loads(text))
+    ask = (
+        "import json, sys; from pipeline.serving.profile import class_values as values; "
+        "print(json.dumps(values(json.load(sys.stdin))))"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], input=text, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        raise PipelineError(f"transformers could not be asked about this model: {done.stderr.strip()[-300:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def class_values(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values as transformers' class of it has them; nothing where it has no class, or that refuses it.
+
+    Args:
+        part: the language model's config, or the whole.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # seconds, with torch
 
     from pipeline.model.skeleton import quiet
