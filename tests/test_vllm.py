@@ -467,7 +467,7 @@ def test_an_engine_that_dies_on_the_result_alone_is_a_problem(
     monkeypatch.setenv("CRASHES", str(demo["modelopt"].absolute()))
     with Session(server) as session:
         report = verify(demo["modelopt"], open_checkpoint(demo["source"]), "generate", session)
-    assert not report.passed and not report.proven_in_vllm
+    assert not report.passed and not report.proven_in_vllm, report.notes
     assert any("vLLM's engine dies with --kv-cache-dtype auto, twice" in line for line in report.problems)
     assert any("SIGSEGV" in line for line in report.problems)
 

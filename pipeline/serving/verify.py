@@ -94,6 +94,7 @@ def verify(
         else:
             say(f"generating in {server.name}")
             _generate(result, baseline, session, report)
+    report.proven_in_vllm = report.proven_in_vllm and report.passed
     return report
 
 
