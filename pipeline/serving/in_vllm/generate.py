@@ -31,6 +31,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         tokenizer's end of text) but the first of each, in nats, and their number. ``attention`` and ``warnings`` as
         `load.check` gives them.
     """
+    import torch._dynamo
     import vllm
     from vllm.platforms import current_platform
 
@@ -40,6 +41,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     seen = Warnings()
     seen.attach()
     cpu.fill_in()
+    # enforce_eager leaves small functions compiled (the count of a token's rank): seconds of a C++ compiler a start
+    torch._dynamo.config.disable = True
     engine = vllm.LLM(
         model=job["checkpoint"],
         enforce_eager=True,
