@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -30,6 +31,12 @@ scheme: fp8_dynamic
 kv_cache: none
 verify: structure
 """
+
+
+def pytest_configure() -> None:
+    """A shell that starts this in the background has interrupts ignored, and what is started here inherits that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -146,8 +146,9 @@ def test_a_stop_leaves_nothing(number: str, tmp_path: Path, small_model: Callabl
     )
     keep = ["--keep"] if number == "SIGTERM" else []  # nothing is to be looked at
     with subprocess.Popen(
-        [*QUANTIZE, path, "--smoke", *keep], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
+        [*QUANTIZE, path, "--smoke", *keep], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
+    ) as run:  # fmt: skip
         until_the_copy(run)
         run.send_signal(getattr(signal, number))
         _, errors = run.communicate(timeout=60)
