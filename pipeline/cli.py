@@ -81,7 +81,7 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
         if not done.report.passed:
             sys.exit(1)
         if done.refusals:
-            sys.exit(UsageError.exit_status)
+            sys.exit(done.refusals[0].exit_status)
         return
     if keep:
         _fail(UsageError("--keep: it belongs to --smoke"))

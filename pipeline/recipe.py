@@ -32,6 +32,7 @@ from pipeline.errors import UsageError
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_NODES = 20_000
+MAX_TOKENS = 1 << 40  # of a context; no model comes near it, and no arithmetic fails at it
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -82,7 +83,9 @@ class RopeScaling(Section):
     """YaRN, for contexts longer than the model was trained on."""
 
     factor: float = Field(gt=1, le=1000)
-    original_max_position_embeddings: int = Field(ge=1, description="Positions before scaling, e.g. 32768.")
+    original_max_position_embeddings: int = Field(
+        ge=1, le=MAX_TOKENS, description="Positions before scaling, e.g. 32768."
+    )
 
     @field_validator("factor", mode="before")
     @classmethod
@@ -125,7 +128,12 @@ class Serve(Section):
     gpu_memory: str | None = Field(None, description="Of one GPU, e.g. 80GB: what cannot fit is refused.")
     gpu_memory_utilization: float = Field(0.92, gt=0, lt=1, description="The share that this server may take.")
     tensor_parallel_size: int = Field(1, ge=1)
-    max_model_len: int | None = Field(None, ge=1, description="Tokens; null: the model's limit, 32768 at most.")
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens; null: the model's limit, 32768 at most; with rope_scaling the whole scaled length.",
+    )
     max_num_seqs: int | None = Field(None, ge=1, description="Requests at once; null: vLLM's own.")
     limit_mm_per_prompt: PromptLimits | None = Field(
         None, description="For models that see or hear; null: four images and no video."
@@ -303,7 +311,7 @@ class Common(Section):
     @field_validator("output")
     @classmethod
     def _output(cls, value: str) -> str:
-        if not Path(value).name:
+        if Path(value).name in ("", ".."):
             raise ValueError("it must name a new directory")
         return value
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EARLY = 1 << 30  # bytes of a source from which on a start of vLLM, for the profile alone, is little beside the work
+LEVELS = ("structure", "load", "generate")  # of `verify`, each further than the one before
+VERDICT = "quantize/verify.json"
 LIBRARIES = ("compressed-tensors", "llmcompressor", "nvidia-modelopt", "safetensors", "torch", "transformers")
 
 
@@ -62,7 +63,7 @@ class Outcome:
         already: it was there before, from an identical run.
         layers: timings, slowest first.
         totals: of this process; zero where all was done before.
-        report: of the verification; None if `already`.
+        report: of the verification; None if `already`, and proven far enough before.
         calibrated: what this process read and ran of the layers; None without calibration.
         findings: what the ranges say, for a careful user.
     """
@@ -154,7 +155,7 @@ def find_server(recipe: Recipe) -> Server | None:
     """The vLLM that will prove the result; None where the recipe asks for none, or there is none.
 
     Raises:
-        UsageError: the one that is named does not exist.
+        UsageError: the one that is named, or one that is in its usual place, does not work.
     """
     return None if recipe.verify == "structure" else find(recipe.runtime.vllm_python)
 
@@ -178,27 +179,45 @@ def _published(plan: Plan, output: Path, console: Console) -> Outcome:
 
     Raises:
         PipelineError: a small file is not what the run wrote.
-        VerificationFailed: the result does not pass what it was not asked to pass before.
+        VerificationFailed: the result does not pass what it was not asked to pass before, or has failed what is not
+            asked now.
     """
     changed = sidecars.changed_files(output) if (output / sidecars.FILES).exists() else []
-    changed = [line for line in changed if not line.startswith(f"{profile.FILE}: ")]  # that is written here, if need be
     if changed:
         raise PipelineError(f"{output}: {changed[0]}; put it back, or make the result again with --fresh")
-    _write_profile(plan, output, console)
-    report = _prove_further(plan, output, console)
+    server = find_server(plan.recipe)
+    try:
+        before = read_json(output / VERDICT)
+    except PipelineError:
+        before = {}
+    _refuse_failed(plan, output, before, server)
+    _write_profile(plan, output, console, server)
+    report = _prove_further(plan, output, console, before, server)
     return Outcome(output, True, _layers(output), Totals(), report)
 
 
-def _prove_further(plan: Plan, output: Path, console: Console) -> Report | None:
-    """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
-    path, levels = output / "quantize" / "verify.json", ("structure", "load", "generate")
-    try:
-        before = read_json(path)
-    except PipelineError:
-        before = {}
+def _asked(before: dict[str, Any]) -> int:
+    """How far an earlier verification was to go, as a place in `LEVELS`; -1 where its record does not tell."""
     asked = before.get("asked", before.get("level"))
-    server = find_server(plan.recipe)
-    far = asked in levels and levels.index(asked) >= levels.index(plan.recipe.verify)
+    return LEVELS.index(asked) if asked in LEVELS else -1
+
+
+def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: Server | None) -> None:
+    """A result that has failed does not pass by being asked less, or where there is no vLLM any more."""
+    asked = _asked(before)
+    less = asked > LEVELS.index(plan.recipe.verify) or (asked > 0 and server is None and before.get("vllm"))
+    if before.get("passed") is False and less:
+        raise VerificationFailed(
+            f"{output}: it is published, but has failed verify: {LEVELS[asked]}; do not serve it, verify it as far "
+            f"again, or make it again with --fresh:\n{_listed(before.get('problems') or [])}"
+        )
+
+
+def _prove_further(
+    plan: Plan, output: Path, console: Console, before: dict[str, Any], server: Server | None
+) -> Report | None:
+    """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
+    path, far = output / VERDICT, _asked(before) >= LEVELS.index(plan.recipe.verify)
     if before.get("passed") and (plan.recipe.verify == "structure" or server is None or (far and before.get("vllm"))):
         return None
     with Session(server) if server is not None else nullcontext() as session:
@@ -206,35 +225,32 @@ def _prove_further(plan: Plan, output: Path, console: Console) -> Report | None:
     report.checkpoint = output.name
     _work(f"writing {path}", lambda: write_file(path, _json(report.as_json())))
     if not report.passed:
-        listed = "\n".join(f"  {problem}" for problem in report.problems[:20])
         raise VerificationFailed(
-            f"{output}: it is published, but fails verification; do not serve it, make it again with --fresh:\n{listed}"
+            f"{output}: it is published, but fails verification; do not serve it, make it again with --fresh:\n"
+            f"{_listed(report.problems)}"
         )
     return report
 
 
-def _write_profile(plan: Plan, output: Path, console: Console) -> None:
+def _listed(problems: list[str]) -> str:
+    return "\n".join(f"  {problem}" for problem in problems[:20])
+
+
+def _write_profile(plan: Plan, output: Path, console: Console, server: Server | None) -> None:
     text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
-    path, files = output / profile.FILE, output / sidecars.FILES
-    recorded = json.loads(files.read_text(encoding="utf-8")) if files.exists() else {}
-    wanted = {profile.FILE: hashlib.sha256(text.encode()).hexdigest()}
-    stale = profile.FILE in recorded and recorded[profile.FILE] != wanted[profile.FILE]
-    if stale or not path.exists() or path.read_text(encoding="utf-8") != text:
-        server = find_server(plan.recipe)
-        said = "" if server is None else f", which {server.name} takes"
-        if server is not None:
-            with Session(server) as session:
-                answer = _hold_against(session, text, output)
-            if answer["error"]:
-                said = f"; it was not held against {server.name}: {answer['error']}"
-            elif answer["problem"]:
-                raise UsageError(
-                    f"serve: {server.name} refuses the profile: {answer['problem']}; {path} stays as it was"
-                )
-        _work(f"writing {path}", lambda: write_file(path, text.encode()))
-        if profile.FILE in recorded:
-            _work(f"writing {files}", lambda: write_file(files, _json(recorded | wanted)))
-        console.say(f"{path}: written anew, as the recipe's serve section now says{said}")
+    path = output / profile.FILE
+    if path.exists() and _work(f"reading {path}", path.read_bytes) == text.encode():
+        return
+    said = "" if server is None else f", which {server.name} takes"
+    if server is not None:
+        with Session(server) as session:
+            answer = _hold_against(session, text, output)
+        if answer["error"]:
+            said = f"; it was not held against {server.name}: {answer['error']}"
+        elif answer["problem"]:
+            raise UsageError(f"serve: {server.name} refuses the profile: {answer['problem']}; {path} stays as it was")
+    _work(f"writing {path}", lambda: write_file(path, text.encode()))
+    console.say(f"{path}: written anew, as the recipe's serve section now says{said}")
 
 
 def _hold_against(session: Session, text: str, checkpoint: Path) -> dict[str, Any]:
@@ -304,10 +320,10 @@ def _convert(
 
             doing = f"streaming into {partial}"
             totals = _work(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
-            if stop.requested.is_set() and len(journal.done) < plan.units:
-                raise Interrupted("interrupted")
-            if plan.calibration is not None:
+            if plan.calibration is not None and not stop.requested.is_set():
                 calibrated = _work(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress, totals))
+        if stop.requested.is_set():  # also in the last unit: what follows may take long, and the next run does it
+            raise Interrupted("interrupted")
         Scratch(plan, partial).clear()
         totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
         log.write("streamed", **vars(totals))
@@ -318,13 +334,8 @@ def _convert(
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
         if not report.passed:
             raise VerificationFailed(
-                "\n".join(
-                    [
-                        f"{partial}: the result fails verification and is not published; it stays here, with "
-                        "the report in quantize/verify.json:"
-                    ]
-                    + [f"  {problem}" for problem in report.problems[:20]]
-                )
+                f"{partial}: the result fails verification and is not published; it stays here, with the report in "
+                f"{VERDICT}:\n{_listed(report.problems)}"
             )
     except Interrupted:
         log.write("interrupted", units_done=len(journal.done))
@@ -369,7 +380,7 @@ def _seal(plan: Plan, journal: Journal, log: EventLog) -> None:
 
 
 def _record_verdict(partial: Path, report: Report, log: EventLog) -> None:
-    write_file(partial / "quantize" / "verify.json", _json(report.as_json()))
+    write_file(partial / VERDICT, _json(report.as_json()))
     log.write("verified", passed=report.passed, problems=report.problems, proven_in_vllm=report.proven_in_vllm)
 
 
@@ -449,7 +460,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class Stop:
-    """SIGINT and SIGTERM: at once, or while streaming at the end of a unit, or never while publishing."""
+    """SIGINT, SIGTERM and SIGHUP: at once, or while streaming at the end of a unit, or never while publishing."""
 
     def __init__(self) -> None:
         self.requested = threading.Event()
@@ -458,7 +469,8 @@ class Stop:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if not self._deferred or self.requested.is_set():
+        # a terminal that is closed may send SIGHUP twice, and nobody has grown impatient
+        if not self._deferred or (self.requested.is_set() and number != signal.SIGHUP):
             self.forced = True
             raise KeyboardInterrupt
         self.requested.set()
@@ -483,7 +495,9 @@ def _stop_on_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield stop
     except Exception:

@@ -42,7 +42,7 @@ LAYERS, SAMPLES, MAX_LENGTH = 2, 32, 512
 LARGE_LAYER = 400 << 20  # an 8B's; a smaller layer runs more captions in the same time, and tells more of the pace
 GPU_SAMPLES = 4096  # a GPU runs them in the time that reading a layer takes, and few would tell nothing of its pace
 CHUNK = 64 << 20
-MARGIN = 16 << 20  # small files, records, file system
+MARGIN = 16 << 20  # records, file system
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Smoke:
         layers: how many of how many.
         report: of the truncated result.
         forecast: None where something failed.
-        refusals: why the whole run would not start; empty where it would.
+        refusals: what the whole run would end with before its start; empty where it would start.
         kept: where the truncated source and result were left; None where they were removed.
         seconds: of the smoke test.
     """
@@ -81,7 +81,7 @@ class Smoke:
     layers: tuple[int, int]
     report: Report
     forecast: Forecast | None
-    refusals: tuple[str, ...]
+    refusals: tuple[PipelineError, ...]
     kept: Path | None
     seconds: float
 
@@ -107,7 +107,7 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
         try:
             runner.preflight(plan)
         except PipelineError as error:
-            refusals.append(str(error))
+            refusals.append(error)
         parent = _parent(recipe, plan)
         _sweep(recipe, parent, console)
         layers = layers_to_keep(plan)
@@ -144,8 +144,11 @@ def _in(
         return report, None
     assert outcome.report is not None
     report = outcome.report
-    console.say(runner.how_verified(recipe, session.server if session is not None else None))
-    if session is not None:
+    if session is None:
+        console.say(runner.how_verified(recipe, None))
+    else:
+        later = "; verify: generate is for the whole run" if recipe.verify == "generate" else ""
+        console.say(f"verify: load, and a short answer of the engine, in {session.server.name}{later}")
         truncated = hub.resolve(small.model.source, None)
         report = verify(outcome.output, truncated, "load", session, say=console.say, engine=True)
         report.checkpoint = Path(recipe.output).name
@@ -156,13 +159,18 @@ def _in(
 
 
 def _parent(recipe: Recipe, plan: Plan) -> Path:
-    """On the output's drive, since that is what the forecast is about."""
+    """Where scratch files go if the recipe says so, else beside the output: that drive is what the forecast is about.
+
+    Raises:
+        UsageError: it lies in the source.
+    """
     wanted = recipe.runtime.work_directory
     # OUTPUT's own parents are the whole run's to make
     parent = nearest(Path(wanted).expanduser() if wanted else runner.places(recipe)[0].parent)
     root, target = plan.checkpoint.root.resolve(), parent.resolve()
     if target == root or root in target.parents:
-        raise UsageError(f"output: {target} lies in the source {root}; the source is never written to")
+        key = "runtime.work_directory" if wanted else "output"
+        raise UsageError(f"{key}: {target} lies in the source {root}; the source is never written to")
     return parent
 
 
@@ -243,11 +251,14 @@ def _sweep(recipe: Recipe, parent: Path, console: Console) -> None:
 def _refuse_too_little_room(parent: Path, kept: list[Tensor], plan: Plan) -> None:
     """The copy and its result, before the first byte; hidden states are looked at by the run itself."""
     result = sum(plan.outputs[name].nbytes for tensor in kept for name in plan.fates[tensor.name].outputs)
-    needed, free = sum(tensor.nbytes for tensor in kept) + result + MARGIN, shutil.disk_usage(parent).free
+    small = sum((plan.checkpoint.root / name).stat().st_size for name in plan.checkpoint.sidecars)
+    needed = sum(tensor.nbytes for tensor in kept) + result + 2 * small + MARGIN  # small files go into both
+    free = shutil.disk_usage(parent).free
     if needed > free:
+        key = "runtime.work_directory" if plan.recipe.runtime.work_directory else "output"
         raise DiskFull(
             f"{parent}: {size_text(free)} free, {size_text(needed)} needed for a copy of the first layers and their "
-            f"result; free {size_text(needed - free)}, or choose another output"
+            f"result; free {size_text(needed - free)}, or choose another {key}"
         )
 
 

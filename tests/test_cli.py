@@ -175,9 +175,38 @@ def test_where_a_vllm_may_be(
     monkeypatch.setenv("PATH", f"{made / 'bin'}:/usr/bin:/bin")
     found = servers.find("python")
     assert found is not None and found.python == python
+    (made / "bin" / "python").unlink()
+    found = servers.find()
+    assert found is not None and found.python == made / "bin" / "python3"
+    (made / "bin" / "python3").unlink()
+    assert servers.find() is None, "a command of another Python"
+    (made / "bin" / "python3").symlink_to("/nowhere/python3")
+    with pytest.raises(UsageError, match=r"vllm command on the PATH, is broken: its Python .*/python3 cannot be run"):
+        servers.find()
     environment(only_default.name, "vllm")
     found = servers.find()
     assert found is not None and found.build == "vllm"
+
+
+@pytest.mark.parametrize("gone", ["parent", "directory"])
+def test_a_session_does_not_outlive_who_started_it(gone: str, tmp_path: Path) -> None:
+    """Its imports take seconds, in which much may happen; a vLLM in name only stands for them."""
+    for name in ("vllm/__init__.py", "vllm/engine/__init__.py", "vllm/engine/arg_utils.py",
+                 "vllm/model_executor/__init__.py", "vllm/model_executor/model_loader.py"):  # fmt: skip
+        (tmp_path / "vllms" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "vllms" / name).write_text("")
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    place = tmp_path / "place"
+    place.mkdir()
+    parent = ended.pid if gone == "parent" else os.getpid()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "vllms")}
+    with subprocess.Popen([sys.executable, servers.JOBS, place, str(parent)], env=environment) as session:
+        if gone == "directory":
+            with pytest.raises(subprocess.TimeoutExpired):
+                session.wait(timeout=1)
+            place.rmdir()
+        assert session.wait(timeout=60) == 0
 
 
 def test_a_vllm_python_that_is_none_is_told_as_it_was_given(tmp_path: Path, quantize: Any) -> None:

@@ -166,6 +166,50 @@ def test_layers_with_a_window_keep_the_window() -> None:
     assert (cache.full, cache.sliding) == (6, 30)
 
 
+def test_a_step_is_as_long_as_vllm_makes_it() -> None:
+    """vLLM 0.32.0 was seen to take 4,096 tokens a step in throughput mode where 2,048 are its default."""
+
+    def kept(serve: dict[str, Any]) -> int:
+        found = profile.fit(recipe.Serve(gpu_memory="40GB", **serve), SHAPES["gemma3_27b"], 10**9, True)
+        return found.cache.kept - 1023
+
+    assert kept({"extra": {"performance-mode": "throughput"}}) == 2 * 4096
+    assert kept({"extra": {"performance-mode": "balanced"}}) == 2 * 2048
+    assert kept({"extra": {"performance-mode": "throughput", "max-num-batched-tokens": 512}}) == 2 * 512
+    for whole in ({"enable-chunked-prefill": False}, {"no-enable-chunked-prefill": True}):
+        assert kept({"extra": whole}) == 2 * 32768
+        assert kept({"extra": whole, "max_model_len": 100_000}) == 2 * 100_000
+        assert kept({"extra": whole, "max_model_len": 1000}) == 2 * 2048
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "dynamic", "factor": 2}, 8192),
+        ({"rope_type": "linear", "factor": 1e13}, 4096),
+        ({"rope_type": "linear", "factor": None}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0}, 4096),
+        ({"rope_type": "yarn", "factor": 8.0}, 4096),
+        ({"rope_type": "default"}, 4096),
+        ({"full_attention": {"rope_type": "linear", "factor": 8.0}}, 32768),
+        ("linear", 4096),
+        (["linear"], 4096),
+    ],
+)
+def test_positions_that_a_rotary_embedding_is_scaled_to(scaling: Any, positions: int) -> None:
+    """As vLLM 0.32.0 counts them: linear and dynamic multiply, the others stand in the config scaled already."""
+    config = {**TEXT, "max_position_embeddings": 4096, "rope_scaling": scaling}
+    assert made(config)["max-model-len"] == positions
+    with pytest.raises(UsageError, match=rf"the model has {positions:,} positions"):
+        made(config, f"{{max_model_len: {positions + 1}}}")
+
+
+def test_numbers_beyond_all_measure_are_no_traceback() -> None:
+    endless = {**TEXT, "max_position_embeddings": 10**400, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    assert made(endless)["max-model-len"] == 32768
+
+
 def test_a_model_that_nothing_is_known_of() -> None:
     told = made({"model_type": "of its own"}, "{gpu_memory: 24GB}")
     assert "neither config.json nor transformers tells what a token of cache takes" in told["comments"]
@@ -460,6 +504,7 @@ EACH = "rotary parameters of its own for each kind of attention"
         (TEXT, 1.25, 32768, "is 40,960 positions, and the model has 40,960 without it"),
         (SHAPES["deepseek_v2_lite"], 4, 4096, "is 16,384 positions, and the model has 163,840 without it"),
         ({"thinker_config": {"text_config": {**TEXT}}}, 4, 32768, "inside thinker_config"),
+        ({**TEXT, "rope_scaling": "linear"}, 4, 32768, "config.json has 'linear' for this model's rotary parameters"),
     ],
 )
 def test_yarn_that_would_do_harm_is_refused(config: Any, factor: float, original: int, words: str) -> None:
@@ -495,13 +540,23 @@ def test_what_vllm_reads_of_a_profile(tmp_path: Path, session: servers.Session) 
         "enable-prefx-caching: false\n": "enable-prefx-caching: vllm serve has no argument of that name",
         "enable_prefix_caching: false\n": "pass over this in silence; write enable-prefix-caching",
         "allowed-origins: []\n": "pass over this in silence",
+        "port: false\n": "port: vLLM would pass over this in silence; write port, with a value",
+        "compilation-config.pass_config.fuse_norm_quant: false\n": "in silence; write compilation-config, with a",
+        "\tport: 1\n": "the file is not YAML: ",
+        "\\xff": "the file is not YAML: ",
         "no-such-argument: 1\n": "unrecognized arguments",
     }
     jobs = []
     for number, text in enumerate(rows):
-        (tmp_path / f"{number}.yaml").write_text(head + text)
+        (tmp_path / f"{number}.yaml").write_bytes((head + text).encode().replace(b"\\xff", b"\xff"))
         jobs.append({"kind": "arguments", "profile": str(tmp_path / f"{number}.yaml"), "checkpoint": str(checkpoint)})
+    for number, text in enumerate(("", "[]", "1: 2"), len(rows)):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        jobs.append({**jobs[0], "profile": str(tmp_path / f"{number}.yaml")})
     answers = session.run(jobs, parallel=2)
+    for answer in [answers.pop() for _ in range(3)]:
+        assert answer["error"] is None and answer["parsed"] is None, answer
+        assert answer["problem"] == "the file is no mapping of arguments to values"
     for answer, problem in zip(answers, rows.values(), strict=True):
         assert answer["error"] is None, answer
         assert (problem in answer["problem"]) if problem else answer["problem"] is None, answer

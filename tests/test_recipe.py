@@ -132,12 +132,16 @@ def test_numbers_are_numbers_and_words_are_words() -> None:
         (f"shard_size: {'9' * 400}GB\n", (), "no disk is that large"),
         ("ignore: ['re:a{99999999999999999999}']\n", (), "no regular expression"),
         ("", ("output=/",), "must name a new directory"),
+        ("", ("output=some/new/..",), "must name a new directory"),
+        (f"serve: {{max_model_len: 1{'0' * 400}}}\n", (), "serve.max_model_len"),
+        (f"serve: {{rope_scaling: {{factor: 4, original_max_position_embeddings: 1{'0' * 400}}}}}\n", (),
+         "serve.rope_scaling.original_max_position_embeddings"),
         ("", ("ignore=&a [*a]",), "nested too deeply"),
         ("", ("model={source: x, source: y}",), "here twice"),
         ("", ("=x",), "an override is KEY=VALUE"),
         ("", ("model.source.x=1",), "holds a value"),
     ],
-)
+)  # fmt: skip
 def test_values_that_break_naive_readers(lines: str, overrides: tuple, words: str) -> None:
     found = errors(GOOD + lines, *overrides)
     assert any(words in line for line in found), found

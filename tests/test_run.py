@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -15,11 +14,18 @@ import pytest
 
 from pipeline import plan as plans
 from pipeline import runner
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, VerificationFailed
 from pipeline.journal import JOURNAL, Journal
 from pipeline.recipe import load
 from pipeline.report.console import Console
-from tests.conftest import QUANTIZE, all_tensors, assert_one_clear_line, make_plain_checkpoint, weight_files
+from tests.conftest import (
+    CALIBRATED,
+    QUANTIZE,
+    all_tensors,
+    assert_one_clear_line,
+    make_plain_checkpoint,
+    weight_files,
+)
 
 
 @pytest.fixture
@@ -114,8 +120,8 @@ def end_early(recipe: Path, count: int, kind: str = "crash") -> PipelineError:
     """Run until `count` units are recorded, then end: by a real signal, or by a failing disk."""
     original, seen = Journal.finish, []
 
-    def finish(self: Journal, unit: int, digests: Any) -> None:
-        original(self, unit, digests)
+    def finish(self: Journal, unit: int, *arguments: Any) -> None:
+        original(self, unit, *arguments)
         seen.append(unit)
         if len(seen) == count:
             if kind == "crash":
@@ -162,6 +168,32 @@ def test_resume_gives_the_same_bytes(
         "README.md",
     ):  # they name the output
         assert whole.pop(name).replace(b"whole", b"out") == out.pop(name)
+    assert whole == out
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_stop_in_the_last_unit_is_no_end(
+    calibrated: bool, tmp_path: Path, write_recipe: Any, small_units: None, request: pytest.FixtureRequest
+) -> None:
+    """What follows it may take long: the next run seals, verifies and publishes, and converts nothing."""
+    if calibrated:
+        source, captions = request.getfixturevalue("small_model")("qwen3"), request.getfixturevalue("captions")
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            CALIBRATED.format(
+                source=source, output=tmp_path / "out", backend="modelopt", scheme="fp8", captions=captions, samples=4
+            )
+        )
+    else:
+        recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    run(recipe, f"output={tmp_path / 'whole'}")
+    units = (tmp_path / "whole" / JOURNAL).read_text().count('"unit"')
+    stopped = end_early(recipe, units, "signal")
+    assert stopped.exit_status == 75 and f"stopped after {units} of {units} units" in str(stopped)
+    assert not (tmp_path / "out").exists()
+    outcome = run(recipe)
+    assert outcome.report is not None and outcome.report.passed and outcome.totals.units == 0
+    whole, out = all_tensors(tmp_path / "whole"), all_tensors(tmp_path / "out")
     assert whole == out
 
 
@@ -223,9 +255,17 @@ def test_two_runs_on_one_output(tmp_path: Path, write_recipe: Any, quantize: Any
         journal.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_75(number: int, tmp_path: Path, write_recipe: Any, quantize: Any) -> None:
-    """A real process, a real signal, in the middle of a stream that a slow pipe of pieces keeps long enough."""
+@pytest.mark.parametrize(
+    ("number", "ignored"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
+)
+def test_a_signal_saves_and_exits_75(
+    number: int, ignored: bool, tmp_path: Path, write_recipe: Any, quantize: Any
+) -> None:
+    """A real process, a real signal, in the middle of a stream that a slow pipe of pieces keeps long enough.
+
+    Under nohup a hangup is nothing.
+    """
     source = make_plain_checkpoint(tmp_path / "source", layers=6)
     recipe = write_recipe(source)
     code = (
@@ -236,8 +276,9 @@ def test_a_signal_saves_and_exits_75(number: int, tmp_path: Path, write_recipe: 
         "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
     )
     process = subprocess.Popen(
-        [QUANTIZE[0], "-c", code, recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [QUANTIZE[0], "-c", code, recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    )  # fmt: skip
     journal = tmp_path / "out.partial" / JOURNAL
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
@@ -245,12 +286,36 @@ def test_a_signal_saves_and_exits_75(number: int, tmp_path: Path, write_recipe: 
         time.sleep(0.005)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
+    if ignored:
+        assert process.returncode == 0 and (tmp_path / "out").is_dir(), out + err
+        return
     assert process.returncode == 75, out + err
     assert "Traceback" not in out + err
     assert "run the same command again to go on" in err
     assert not (tmp_path / "out").exists()
     last = json.loads((tmp_path / "out.partial" / "quantize" / "events.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "interrupted"
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP)])
+def test_publishing_is_not_interrupted(
+    numbers: tuple[int, ...], tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real signals in the middle of it; a terminal that is closed may send two."""
+    recipe, publish = write_recipe(make_plain_checkpoint(tmp_path / "source")), runner.publish
+
+    def hit(*arguments: Any, **options: Any) -> bool:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr(runner, "publish", hit)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        assert run(recipe).output.is_dir()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / "quantize" / "lock").exists()
 
 
 def test_a_result_that_fails_verification_is_not_published(
@@ -424,7 +489,7 @@ def test_another_serve_section_writes_the_profile_alone(tmp_path: Path, quantize
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
     assert quantize(recipe).returncode == 0
     out = tmp_path / "out"
-    profile, files = out / "quantize" / "serve.yaml", out / "quantize" / "files.json"
+    profile = out / "quantize" / "serve.yaml"
 
     def state() -> dict[Path, tuple[bytes, int]]:
         return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()}
@@ -436,20 +501,49 @@ def test_another_serve_section_writes_the_profile_alone(tmp_path: Path, quantize
     assert "done already" in done.stdout and "served-model-name: mine" in profile.read_text()
     after = state()
     assert set(after) == set(before)
-    assert {path for path in after if after[path] != before[path]} <= {profile, files}
-    recorded = json.loads(files.read_text())
-    digest = hashlib.sha256(profile.read_bytes()).hexdigest()
-    assert recorded.get("quantize/serve.yaml", digest) == digest
-    files.write_text(json.dumps({**recorded, "quantize/serve.yaml": "of an older one"}))  # stopped between the two
-    assert quantize(recipe, "serve={served_model_name: mine, max_num_seqs: 7}").returncode == 0
-    assert json.loads(files.read_text()) == {**recorded, "quantize/serve.yaml": digest}
-    after = state()
+    assert {path for path in after if after[path] != before[path]} == {profile}
     done = quantize(recipe, "serve={served_model_name: mine, max_num_seqs: 7}")
     assert done.returncode == 0 and "written anew" not in done.stdout and state() == after
     done = quantize(recipe, "serve={tensor_parallel_size: 3}")
     assert_one_clear_line(done, 2, "serve.tensor_parallel_size")
     assert state() == after
     assert quantize("verify", out, "--level", "structure").returncode == 0
+
+
+def test_a_damaged_profile_is_written_anew(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    recipe, profile = write_recipe(make_plain_checkpoint(tmp_path / "source")), tmp_path / "out/quantize/serve.yaml"
+    assert quantize(recipe).returncode == 0
+    before = profile.read_bytes()
+    profile.write_bytes(before[:50] + b"\xff\x00" + before[52:])
+    done = quantize(recipe)
+    assert done.returncode == 0 and "written anew" in done.stdout, done.stderr
+    assert profile.read_bytes() == before
+
+
+@pytest.mark.vllm
+def test_a_result_that_failed_in_vllm_does_not_pass_by_being_asked_less(
+    tmp_path: Path, small_model: Any, quantize: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = write_recipe(small_model("qwen3")), tmp_path / "out"
+    assert quantize(recipe).returncode == 0
+    weights = out / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])  # the structure alone does not show it
+    failed = quantize(recipe, "verify=load")
+    assert failed.returncode == 1 and "it is published, but fails verification" in failed.stderr
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()}
+    done = quantize(recipe, "serve={max_num_seqs: 7}")
+    assert_one_clear_line(done, 1, "it is published, but has failed verify: load; do not serve it")
+    assert "its bytes are not those that the run wrote" in done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "find", lambda *_: None)
+        with pytest.raises(VerificationFailed, match="has failed verify: load"):
+            run(recipe, "verify=load")
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
+    weights.write_bytes(sound)
+    done = quantize(recipe, "verify=load")
+    assert done.returncode == 0 and "verification: passed" in done.stdout, done.stderr
+    assert quantize(recipe).returncode == 0
 
 
 @pytest.mark.vllm

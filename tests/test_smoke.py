@@ -129,6 +129,8 @@ def test_an_ignore_of_a_later_layer_is_none_of_the_first_ones(tmp_path: Path, qu
     done = quantize(write_recipe(source, source / "out"), "--smoke")
     assert done.returncode == 2 and "the source is never written to" in done.stderr
     assert not list(source.glob(".out*"))
+    done = quantize(write_recipe(source), "--smoke", f"runtime.work_directory={source / 'scratch'}")
+    assert_one_clear_line(done, 2, f"runtime.work_directory: {source} lies in the source")
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -231,6 +233,24 @@ def test_a_drive_without_room_is_told_before_the_copy(mounted: Any, tmp_path: Pa
     unwritable = mounted("ro")
     done = quantize(file, "--smoke", f"output={unwritable / 'out'}")
     assert_one_clear_line(done, 1, "for the first layers", str(unwritable))
+
+
+def test_a_drive_too_small_for_the_whole_run(mounted: Any, tmp_path: Path, quantize: Any) -> None:
+    """The smoke test goes elsewhere, and passes; the whole run would end with 1, and so does this."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(source=make_plain_checkpoint(tmp_path / "from"), output=mounted("size=8m") / "out"))
+    done = quantize(file, "--smoke", f"runtime.work_directory={tmp_path}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "smoke test passed" in done.stdout and "the whole run would be refused now" in done.stdout
+
+
+def test_small_files_are_counted_twice(mounted: Any, tmp_path: Path, quantize: Any) -> None:
+    source, small = make_plain_checkpoint(tmp_path / "from"), mounted("size=40m")
+    (source / "tokenizer.json").write_bytes(b" " * (15 << 20))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(source=source, output=small / "out"))
+    assert_one_clear_line(quantize(file, "--smoke"), 1, "needed for a copy of the first layers and their result")
+    assert not list(small.iterdir())
 
 
 def test_a_drive_that_fills_up_is_told_with_its_path(

@@ -124,11 +124,35 @@ def no_list(out: Path) -> None:
     edit_config(out, lambda config: config["quantization_config"].pop("modules_to_not_convert"))
 
 
+def lose(out: Path) -> None:
+    """Take a weight out of its shard and the index."""
+    from safetensors.torch import load_file, save_file
+
+    for shard in out.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensors.pop(f"{Q}.weight", None) is not None:
+            save_file(tensors, shard, metadata={"format": "pt"})
+    for path in out.glob("*.index.json"):
+        index = json.loads(path.read_text())
+        del index["weight_map"][f"{Q}.weight"]
+        path.write_text(json.dumps(index))
+
+
 # which, what is done to it, a sentence, and who says it: the files alone, the files beside the source, or vLLM
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
     "a block's scale is NaN": (
         "qwen", scaled(f"{Q}.weight_scale_inv", float("nan")), "weight_scale_inv: 4 scale(s) are not finite", "files"),
     "a block's scale is lost": ("qwen", drop(f"{Q}.weight_scale_inv"), f"{Q}.weight: codes without a scale", "files"),
+    "a weight is lost": (
+        "qwen", drop(f"{Q}.weight"), f"{Q}.weight_scale_inv: there is no weight that it scales", "files"),
+    "a weight and its scale are lost": (
+        "qwen", both(drop(f"{Q}.weight"), drop(f"{Q}.weight_scale_inv")), "it is lost, and there are no", "source"),
+    "a weight of an unquantized model is lost": ("source", lose, "has no self_attn.q_proj.weight", "files"),
+    "a weight is zeros in F16": (
+        "qwen",
+        lambda out: rewrite(out, lambda t: t.update(
+            {f"{Q}.weight": ({**t[f"{Q}.weight"][0], "dtype": "F16"}, b"\0\0" * len(t[f"{Q}.weight"][1]))})),
+        f"{Q}.weight: it holds other numbers than the source's, rounded to F16", "source"),
     "nothing ignored": ("qwen", no_list, "BF16 weights that vLLM casts to FP8", "vLLM"),
     "a block's scale doubled": (
         "qwen", scaled(f"{Q}.weight_scale_inv", 2.0), "for it is 100% away from the source", "source"),

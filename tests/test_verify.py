@@ -228,3 +228,18 @@ def test_checkpoints_of_llm_compressor_itself(pair: tuple[Path, Path], tmp_path:
     report = check_structure(theirs, open_checkpoint(source), contents=True)
     assert report.problems == []
     assert "no hashes were recorded for this checkpoint" in report.checked
+
+
+def test_a_result_beyond_all_numbers_is_judged() -> None:
+    """More than 709 nats a token: a perplexity that no floating-point number holds."""
+    from pipeline.serving.structure import Report
+    from pipeline.serving.verdict import judge_generation
+
+    answer = {"tokens": [1, 2], "logprobs": [-1.0, -1.0], "text": "a b"}
+    before = {"nll": 96.0, "counted": 32, "completions": [answer], "scored": []}
+    ruined = {"nll": 9e4, "counted": 32, "completions": [answer], "scored": [[-3000.0, -3000.0]]}
+    report = Report("out", "source")
+    figures = judge_generation({"fp8": ruined}, before, ["a"], report)
+    assert len(report.problems) == 2 and "the served perplexity is inf times the source's" in report.problems[0]
+    report.vllm = figures
+    assert json.loads(json.dumps(report.as_json(), allow_nan=False))["vllm"]["fp8"]["perplexity"] == "inf"

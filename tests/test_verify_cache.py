@@ -354,20 +354,47 @@ def names_of_transformers(out: Path) -> None:
     )
 
 
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    """All scales of a name under another one."""
+
+    def change(tensors: Any) -> None:
+        for name in [name for name in tensors if name.endswith(old)]:
+            tensors[name.removesuffix(old) + new] = tensors.pop(name)
+
+    return lambda out: rewrite(out, change)
+
+
+def one_for_both(out: Path) -> None:
+    rewrite(out, lambda t: [t.pop(name) for name in list(t) if name.endswith(".v_scale")])
+    renamed(".k_scale", ".kv_scale")(out)
+
+
+def weights_alone(out: Path) -> None:
+    edit(out, lambda c: [g.update(input_activations=None) for g in c["quantization_config"]["config_groups"].values()])
+
+
 @pytest.mark.parametrize(
     ("backend", "change"),
     [("modelopt", legacy), ("modelopt", nested), ("modelopt", static), ("llmcompressor", a_head_each),
      ("llmcompressor", names_of_transformers),
-     ("llmcompressor", lambda o: section(o, ignore=["re:.*lm_head", "re:visual.*", "re:model.visual.*"]))],
-    ids=["legacy file", "nested section", "static compressed-tensors", "a scale a head", "transformers' names", "idle"],
+     ("llmcompressor", lambda o: section(o, ignore=["re:.*lm_head", "re:visual.*", "re:model.visual.*"])),
+     ("llmcompressor", both(renamed(".k_scale", ".attn.k_scale"), renamed(".v_scale", ".attn.v_scale"))),
+     ("llmcompressor", one_for_both), ("llmcompressor", weights_alone),
+     ("modelopt", both(lambda o: edit(o, lambda c: c["quantization_config"].pop("config_groups")),
+                       lambda o: (o / "hf_quant_config.json").unlink())),
+     ("modelopt", both(lambda o: section(o, ignore=["lm_head", "visual", "absent"]),
+                       lambda o: (o / "hf_quant_config.json").unlink()))],
+    ids=["legacy file", "nested section", "static compressed-tensors", "a scale a head", "transformers' names", "idle",
+         "vLLM's names of scales", "one scale for keys and values", "inputs stay", "no groups", "parts of names"],
 )  # fmt: skip
 def test_sound_layouts_of_others_pass(
     backend: str, change: Callable[[Path], Any], pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     target = others(pairs[backend][1], tmp_path / "other")
     change(target)
-    report = check_structure(target, contents=True)
-    assert report.passed, report.problems
+    for source in (None, open_checkpoint(pairs[backend][0])):
+        report = check_structure(target, source, contents=True)
+        assert report.passed, report.problems
     assert any("3 attention layers: finite, positive KV-cache scales" in line for line in report.checked)
 
 
@@ -391,6 +418,39 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "llmcompressor",
         lambda o: edit(o, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=5)),
         "they do not say that Linear weights are FP8",
+    ),
+    "a target that is no pattern": (
+        "llmcompressor",
+        lambda o: edit(
+            o, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=["Other", "re:("])
+        ),
+        "ignore list: it cannot be checked, a value is not what it should be",
+    ),
+    "an input scale of two values": (
+        "modelopt",
+        lambda o: rewrite(
+            o, lambda t: t.update({f"{L0}.o_proj.input_scale": ({"dtype": "BF16", "shape": [2]}, b"??" * 2)})
+        ),
+        "o_proj.input_scale: shape [2], one scale a tensor is []",
+    ),
+    "blocks of a number": (
+        "llmcompressor", lambda o: section(o, quant_method="fp8", weight_block_size=128, activation_scheme="static"),
+        "in all, although the config says that inputs are static",
+    ),
+    "a number of 5000 digits": (
+        "modelopt", lambda o: (o / "config.json").write_text('{"a": ' + "9" * 5000 + "}"), "this is not JSON"),
+    "a section that is text": ("llmcompressor", lambda o: edit(o, lambda c: c.update(quantization_config="fp8")),
+        "config.json has no quantization_config"),
+    "an embedding in FP8": (
+        "llmcompressor",
+        lambda o: rewrite(o, lambda t: t.update({
+            "model.embed_tokens.weight": ({"dtype": "F8_E4M3", "shape": [320, 64]}, b"1" * 320 * 64),
+            "model.embed_tokens.weight_scale": ({"dtype": "BF16", "shape": [320, 1]}, b"??" * 320)})),
+        "an embedding in FP8, which vLLM would take for plain weights",
+    ),
+    "a zero that nothing promises": (
+        "llmcompressor", both(put(f"{L0}.k_scale", 0.0), lambda o: section(o, kv_cache_scheme=None)),
+        f"{L0}.k_scale: 0.0 is not finite and positive",
     ),
     "an ignore list of numbers": ("modelopt", lambda o: section(o, ignore=["lm_head", 5]), "5 is no module's name"),
     "a tokenizer with ids that are text": (
@@ -459,10 +519,35 @@ def test_a_tokenizer_with_too_many_ids(pairs: dict[str, tuple[Path, Path]], tmp_
     target = others(out, tmp_path / "other")
     for root in (source, target):
         content = json.loads((root / "tokenizer.json").read_text())
-        content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "<more>"})
-        (root / "tokenizer.json").write_text(json.dumps(content))
-    sentence = "tokenizer.json: its ids reach 320, the embedding has 320 rows"
+        added = [{**content["added_tokens"][0], "id": 320 + n, "content": f"<more {n}>"} for n in range(10)]
+        content["added_tokens"] += added
+        (root / "tokenizer.json").write_text(json.dumps(content, indent=1 if root == target else 2))
+    sentence = "tokenizer.json: its ids reach 329, the embedding has 320 rows"
     alone = check_structure(target)
     assert alone.problems == [f"{sentence}; it is another model's"]
     beside = check_structure(target, open_checkpoint(source))
     assert beside.passed and f"{sentence}; as in the source" in beside.notes
+    content["added_tokens"] = content["added_tokens"][:-9]  # one, as Gemma 3 1B has it
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    few = check_structure(target)
+    assert few.passed and any("1 added tokens, as CodeLlama's and Gemma's makers left them" in n for n in few.notes)
+
+
+def test_a_tokenizer_written_anew_by_its_library(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Older files have their merges as text; the library writes pairs, and keys that older ones lack."""
+    from tokenizers import Tokenizer, models
+
+    source, out = (shutil.copytree(path, tmp_path / path.name) for path in pairs["llmcompressor"])
+    target = others(out, tmp_path / "other")
+    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, **{f"<{n}>": n for n in range(5, 320)}}
+    Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "c")])).save(str(target / "tokenizer.json"))
+    old = json.loads((target / "tokenizer.json").read_text())
+    assert old["model"]["merges"] == [["a", "b"], ["ab", "c"]] and "ignore_merges" in old["model"]
+    old["model"]["merges"] = ["a b", "ab c"]
+    del old["model"]["ignore_merges"]
+    (source / "tokenizer.json").write_text(json.dumps(old))
+    report = check_structure(target, open_checkpoint(source))
+    assert not [line for line in report.problems if "differs from the source's" in line], report.problems
+    old["model"]["merges"] = ["a b", "b c"]
+    (source / "tokenizer.json").write_text(json.dumps(old))
+    assert "tokenizer.json: it differs from the source's" in check_structure(target, open_checkpoint(source)).problems

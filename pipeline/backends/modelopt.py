@@ -338,10 +338,10 @@ def _expert_parts(block: Experts) -> Iterator[tuple[str, Any, Any, Any]]:
 
 def fused_groups(names: Iterable[str]) -> Iterator[list[str]]:
     """The modules that vLLM runs as one GEMM: q/k/v, gate/up and the like, within one parent."""
-    names = list(names)
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
+    known = dict.fromkeys(names)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in known):
         for _, parts in FUSED_LINEARS:
-            found = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in names]
+            found = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in known]
             if len(found) > 1:
                 yield found
 

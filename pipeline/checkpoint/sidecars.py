@@ -83,7 +83,7 @@ def write_config(plan: Plan, target: Path) -> None:
     for name, content in extra.items():
         write_file(target / name, (json.dumps(content, indent=4) + "\n").encode())
     if "config.json" not in extra:  # in ModelOpt's exact mode it is ModelOpt's
-        text = (plan.checkpoint.root / "config.json").read_text(encoding="utf-8")
+        text = (plan.checkpoint.root / "config.json").read_bytes().decode("utf-8")  # with its own ends of lines
         section = plan.backend.config_section(plan.selection)
         write_file(target / "config.json", config_with(text, section).encode())
     _record(target, json.loads((target / FILES).read_text()), ("config.json", *extra))

@@ -147,7 +147,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: byte {error.start} is not UTF-8; the file is damaged, fetch it again") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise SourceError(f"{path}: this is not JSON ({error}); the file is damaged, fetch it again") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path}: a JSON object is expected, found {type(value).__name__}")

@@ -380,7 +380,7 @@ def _expert_layouts(
                 f"{name}: fused experts of model_type {model_type} are not known here (which half is the gate?); "
                 "save the model with one tensor an expert first"
             )
-        hidden, wide = found.hidden, int(found.text.get("moe_intermediate_size", 0))
+        hidden, wide = found.hidden, int(found.text.get("moe_intermediate_size") or 0)
         shapes = checkpoint.tensors[name].shape[1:], down.shape[1:]
         # Both tensors are asked: where one is square, the other is not.
         if shapes == ((2 * wide, hidden), (hidden, wide)):
@@ -393,6 +393,9 @@ def _expert_layouts(
                 f"hidden_size {hidden} and moe_intermediate_size {wide}"
             )
         layouts[block] = ExpertLayout(down.shape[0], hidden, wide, transposed)
+    for name, choice in choices.items():
+        if choice.role == "experts" and name.rpartition(".")[0] not in layouts:
+            raise SourceError(f"{name}: there is no gate_up_proj beside it; the checkpoint is incomplete")
     return layouts
 
 
@@ -503,6 +506,9 @@ def _kept_linears(checkpoint: Checkpoint, choices: dict[str, Choice], modules: d
     return tuple(dict.fromkeys(kept))
 
 
+NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")  # by vLLM, under ModelOpt's method
+
+
 class IgnoreList:
     """The ``ignore`` of a quantization_config, as vLLM matches it.
 
@@ -512,12 +518,15 @@ class IgnoreList:
     Args:
         entries: the list.
         method: the config's ``quant_method``.
+        loose: take ModelOpt's names for parts of names as well, and some vision towers for ignored in any case, as
+            vLLM does for its older exports (`ModelOptQuantConfigBase.is_layer_excluded`); ours need neither.
 
     Raises:
         ValueError: an entry is no text, or no regular expression.
     """
 
-    def __init__(self, entries: Iterable[object], method: str = "compressed-tensors") -> None:
+    def __init__(self, entries: Iterable[object], method: str = "compressed-tensors", loose: bool = False) -> None:
+        self._loose = loose and method == "modelopt"
         self._literals: set[str] = set()
         self._patterns: dict[str, re.Pattern[str]] = {}
         for entry in entries:
@@ -538,6 +547,8 @@ class IgnoreList:
                 raise ValueError(f"{entry!r} is no regular expression: {error}") from None
 
     def __contains__(self, module: str) -> bool:
+        if self._loose and any(part in module for part in (*self._literals, *NEVER_QUANTIZED)):
+            return True
         return module in self._literals or any(p.match(module) for p in self._patterns.values())
 
     def by_pattern(self, module: str) -> bool:
@@ -561,5 +572,7 @@ class IgnoreList:
                     "that nobody set"
                 )
         idle = sorted(self._literals - modules - {"lm_head"})
+        if self._loose:
+            idle = [entry for entry in idle if not any(entry in module for module in modules)]
         idle += [entry for entry, p in self._patterns.items() if not any(p.match(module) for module in modules)]
         return found + [f"quantization_config.ignore: {entry!r} matches nothing in this checkpoint" for entry in idle]

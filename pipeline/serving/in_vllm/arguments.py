@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Set
+from argparse import Action
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
     said = io.StringIO()
     result: dict[str, Any] = {"error": None, "vllm": vllm.__version__, "problem": None, "parsed": None}
+    profile, result["problem"] = _read(Path(job["profile"]))
+    if profile is None:
+        return result
     try:
         with contextlib.redirect_stderr(said):
             serve = make_arg_parser(FlexibleArgumentParser())
@@ -40,7 +44,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
             parsed = serve.parse_args(sys.argv[2:])
             validate_parsed_serve_args(parsed)
         result["parsed"] = {key: getattr(parsed, key) for key in READ}
-        result["problem"] = _dropped(job["profile"], set(serve._option_string_actions))
+        result["problem"] = _dropped(profile, serve._option_string_actions)
         parsed.model = job["checkpoint"]
         EngineArgs.from_cli_args(parsed).create_model_config()  # the context's length and the config's overrides
     except SystemExit:
@@ -52,18 +56,30 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _dropped(profile: str, known: Set[str]) -> str | None:
+def _read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """A profile's arguments; or None, and what is wrong with the file."""
+    import yaml
+
+    try:
+        profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        return None, f"the file is not YAML: {' '.join(str(error).split())}"
+    if not isinstance(profile, dict) or not all(isinstance(key, str) for key in profile):
+        return None, "the file is no mapping of arguments to values"
+    return profile, None
+
+
+def _dropped(profile: Mapping[str, Any], known: Mapping[str, Action]) -> str | None:
     """The first argument of a profile that vLLM passes over without a word, and why.
 
     It makes ``--no-NAME`` of a false value where it has that option, and nothing at all where it has not: a misspelt
-    name goes unnoticed. An empty list, too, becomes nothing.
+    name goes unnoticed, and so does false for an argument that takes a value. An empty list, too, becomes nothing.
     """
-    import yaml
-
-    for key, value in yaml.safe_load(Path(profile).read_text()).items():
+    for key, value in profile.items():
         option = key.partition(".")[0].replace("_", "-")
         if f"--{option}" not in known:
             return f"{key}: vllm serve has no argument of that name"
-        if value == [] or (value is False and f"--no-{option}" in known and f"--no-{key}" not in known):
+        wanted = f"--no-{option}" in known or known[f"--{option}"].nargs != 0
+        if value == [] or (value is False and f"--no-{key}" not in known and wanted):
             return f"{key}: vLLM would pass over this in silence; write {option}, with a value"
     return None
