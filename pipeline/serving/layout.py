@@ -14,6 +14,14 @@ SECTION = "quantization_config"
 OLD_FILE = "hf_quant_config.json"
 PACKED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F8_E8M0")  # dtypes that only quantization writes
 CACHE_SCALE = re.compile(r"\.(k|v|q|prob|kv)_scale$")
+# what a scale belongs to: q_proj of q_proj.weight_scale, experts.down_proj of experts.down_proj_scale_inv
+ANY_SCALE = re.compile(r"(.+?)[._](?:(?:weight_|input_)?(?:global_)?scale(?:_inv|_2)?|SCB)$")
+# further names for cache scales that vLLM takes (0.32, `maybe_remap_kv_scale_name`) and nothing here writes
+OTHER_NAMES = {
+    "k": ("attn.k_scale", "qkv_proj.k_scale", "k_proj.k_scale", "kv_scale"),
+    "v": ("attn.v_scale", "qkv_proj.v_scale", "v_proj.v_scale", "kv_scale"),
+    "q": ("attn.q_scale",),
+}
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,13 @@ from pipeline.model.selection import (
     text_config,
 )
 from pipeline.serving.layout import (
+    ANY_SCALE,
     CACHE_SCALE,
     COMPRESSED,
     FP8,
     MODELOPT,
     OLD_FILE,
+    OTHER_NAMES,
     PACKED,
     SECTION,
     Method,
@@ -49,19 +51,8 @@ from pipeline.serving.layout import (
 )
 
 PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
-WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-# what a scale belongs to: q_proj of q_proj.weight_scale, experts.down_proj of experts.down_proj_scale_inv
-ANY_SCALE = re.compile(r"(.+?)[._](?:(?:weight_|input_)?(?:global_)?scale(?:_inv|_2)?|SCB)$")
 FORMATS = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}  # array code, bits of infinity
 LEAST, MOST = 2.0**-40, 2.0**20  # of a KV or input scale: ranges from 4e-10 to 5e8
-
-
-# further names that vLLM takes for cache scales (`maybe_remap_kv_scale_name`, 0.24 to 0.32) and nothing here writes
-OTHER_NAMES = {
-    "k": ("attn.k_scale", "qkv_proj.k_scale", "k_proj.k_scale", "kv_scale"),
-    "v": ("attn.v_scale", "qkv_proj.v_scale", "v_proj.v_scale", "kv_scale"),
-    "q": ("attn.q_scale",),
-}
 
 
 @dataclass
@@ -764,7 +755,8 @@ def _check_tokenizer(
             place.append(f"tokenizer.json: it has no id {value}, config.json's {key}; {whose}")
 
 
-FEW_TOKENS = 8  # added beyond the embedding's rows: CodeLlama 34B has 4, Gemma 3 1B has 1
+# added beyond the embedding's rows: CodeLlama 34B has 4 (transformers, issue 26714), Gemma 3 without images has 1
+FEW_TOKENS = 8
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
