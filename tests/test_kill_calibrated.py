@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.journal import JOURNAL
+from pipeline.checkpoint.result import JOURNAL
 from tests.conftest import CALIBRATED, QUANTIZE, SCHEMES, SHARED
 
 pytestmark = pytest.mark.kill

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.calibration import machine
-from pipeline.calibration.machine import Device, Needs, available_memory, choose_place
+from pipeline.calibration import placement as machine
+from pipeline.calibration.placement import Device, Needs, choose_place
 from pipeline.errors import PipelineError, UsageError
+from pipeline.machine.memory import available_memory
 
 GB = 10**9
 CPU = Device("cpu", "cpu AVX512", "", 100 * GB)

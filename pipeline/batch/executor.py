@@ -19,11 +19,13 @@ from typing import Protocol
 from pipeline.batch.forecast import measured
 from pipeline.batch.job import Asked, Ending, ask, ending_path
 from pipeline.batch.planning import Facts
-from pipeline.batch.processes import oom_kills, signal_name
 from pipeline.batch.progress import EVENTS, Follower, Progress
-from pipeline.calibration.machine import available_memory
 from pipeline.events import read_events
-from pipeline.plan import written_already
+from pipeline.machine.drives import device_of, existing
+from pipeline.machine.gpus import gpu_memory
+from pipeline.machine.memory import available_memory
+from pipeline.machine.processes import oom_kills, signal_name
+from pipeline.plan.disk import written_already
 
 MEMORY_SHARE = 0.95  # of what is free: the rest is for the system and for the batch itself
 OOM_SECONDS = 10.0  # between the kernel's count and the end of the process that it killed
@@ -131,22 +133,22 @@ class Local:
         """Whether each drive holds this job beside what running ones, and a download, have yet to write there."""
         promised: Counter[int] = Counter()
         for path, nbytes in [claim for other in others for claim in _claims(other)]:
-            promised[_drive(path)] += nbytes
+            promised[device_of(path)] += nbytes
         if self.downloading is not None:
-            promised[_drive(self.downloading[0])] += self.downloading[1]
+            promised[device_of(self.downloading[0])] += self.downloading[1]
         own: Counter[int] = Counter()
         for path, nbytes in _claims(facts):
-            own[_drive(path)] += nbytes
+            own[device_of(path)] += nbytes
         return all(
-            own[_drive(path)] + promised[_drive(path)] + DISK_RESERVE <= shutil.disk_usage(existing(path)).free
+            own[device_of(path)] + promised[device_of(path)] + DISK_RESERVE <= shutil.disk_usage(existing(path)).free
             for path, _ in _claims(facts)
         )
 
     def has_room(self, place: Path, nbytes: int) -> bool:
         """Whether a download of so many bytes fits beside what running jobs have yet to write to its drive."""
-        drive = _drive(place)
+        drive = device_of(place)
         claims = [claim for entry in self._running.values() for claim in _claims(entry.facts)]
-        promised = sum(size for path, size in claims if _drive(path) == drive)
+        promised = sum(size for path, size in claims if device_of(path) == drive)
         return nbytes + promised + DISK_RESERVE <= shutil.disk_usage(existing(place)).free
 
     def start(self, asked: Asked, facts: Facts, place: Path) -> None:
@@ -236,41 +238,20 @@ def timed(ending: Ending, facts: Facts, follower: Follower) -> None:
 
 def share_gpu(asked: Asked, jobs: int) -> Asked:
     """A job that shares its GPU with others takes its part of the memory, or the recipe's own limit if that is less."""
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
+    from pipeline.units import parse_size
 
     if jobs <= 1 or not (part := gpu_memory() // jobs):
         return asked
     own = recipes.parse(asked.text, asked.job, asked.overrides).runtime.device_memory
-    if own is not None and recipes.parse_size(own) <= part:
+    if own is not None and parse_size(own) <= part:
         return asked
     return replace(asked, overrides=(*asked.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, without importing torch."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [word.strip() for word in named.split(",") if word.strip() and word.strip() != "-1"]
-    return [line for line in _nvidia_smi("index") if line.isdigit()]
-
-
-def gpu_memory() -> int:
-    """Bytes of the smallest GPU's memory; 0 where there is none."""
-    found = [int(line) for line in _nvidia_smi("memory.total") if line.isdigit()]  # MiB
-    return min(found, default=0) << 20
-
-
-def _nvidia_smi(field: str) -> list[str]:
-    try:
-        asked = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines()] if not done.returncode else []
-
-
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
-    from pipeline.calibration.machine import total_memory
+    from pipeline.machine.memory import total_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = f"{len(gpus)} GPU(s)" if gpus else "no GPU"
@@ -281,14 +262,3 @@ def _claims(facts: Facts) -> list[tuple[Path, int]]:
     """Where a job has yet to write, and how many bytes."""
     found = [(Path(facts.output), max(0, facts.disk - written_already(facts.partial)))]
     return [*found, (Path(facts.work), facts.scratch)] if facts.work is not None else found
-
-
-def existing(path: Path) -> Path:
-    """The nearest place of a path that is there: the drive that it will be on."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _drive(path: Path) -> int:
-    return existing(path).stat().st_dev

@@ -11,15 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.checkpoint.result import places
 from pipeline.doctor import drives, libraries, machine
-from pipeline.doctor.system import Finding, Status, System, gpus
+from pipeline.doctor.finding import Finding, Status
 from pipeline.errors import PipelineError
-from pipeline.plan import make_plan, size_text
-from pipeline.runner import places, preflight
+from pipeline.machine.gpus import gpus
+from pipeline.machine.system import System
+from pipeline.plan.plan import make_plan
+from pipeline.run.runner import preflight
+from pipeline.units import size_text
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.recipe import Recipe
+    from pipeline.plan.plan import Plan
+    from pipeline.recipe.recipe import Recipe
     from pipeline.report.console import Console
 
 __all__ = ["Finding", "Status", "as_json", "examine", "exit_status", "show"]
@@ -117,7 +121,7 @@ def _plan(system: System, recipe: Recipe) -> tuple[list[Finding], Plan | None]:
         return [Finding("recipe", "unfit", text, "mend the installation: bash scripts/setup.sh")], None
     text = (
         f"{plan.checkpoint.label}: {size_text(plan.checkpoint.nbytes)} become {size_text(plan.output_nbytes)} in "
-        f"{places(recipe)[0]}, memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
+        f"{places(recipe.output)[0]}, memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
     )
     found = [Finding("recipe", "ok", text)]
     if plan.calibration is not None:
@@ -131,7 +135,7 @@ def _refusals(plan: Plan) -> Iterator[Finding]:
     """What the run itself would refuse before its first byte."""
     try:
         if preflight(plan):
-            yield Finding("recipe", "note", f"{places(plan.recipe)[0]}: done already, by an identical run")
+            yield Finding("recipe", "note", f"{places(plan.recipe.output)[0]}: done already, by an identical run")
     except PipelineError as error:
         yield from _of_error(error)
 

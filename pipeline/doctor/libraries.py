@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import pipeline
 from pipeline.backends import fp8
-from pipeline.doctor.system import Finding, System
+from pipeline.doctor.finding import Finding
 from pipeline.errors import UsageError
-from pipeline.serving.server import HOW_TO_GET, VARIABLE, find
+from pipeline.machine.system import System
+from pipeline.vllm_env.environment import HOW_TO_GET, VARIABLE, find
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
 
 OURS = "fp8-pipeline"
 # Whose versions decide bits or formats: what else was tested is not worth a line.
@@ -30,7 +31,7 @@ MAIN = (
     "datasets", "huggingface-hub", "tokenizers",
 )  # fmt: skip
 CONSTRAINTS = "constraints.txt"
-PROVEN_VLLM = ("0.24", "0.32")  # see calibration/scales.py
+PROVEN_VLLM = ("0.24", "0.32")  # see formats/kv_scales.py
 TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads them
 
 # What was tried against huggingface_hub 1.33, transformers 5.14.1 and datasets 5.0.1; a test holds it.

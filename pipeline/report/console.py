@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.events import STAGES
-from pipeline.plan import Plan, size_text, summary
+from pipeline.plan.plan import Plan
+from pipeline.report.plan import summary
+from pipeline.units import size_text, time_text
 
 if TYPE_CHECKING:
     import rich.console
 
-    from pipeline.calibration.layers import Calibrated
     from pipeline.journal import Journal
-    from pipeline.runner import Outcome
-    from pipeline.serving.structure import Report
-    from pipeline.smoke import Smoke
+    from pipeline.report.outcome import Outcome, Smoke
+    from pipeline.stream.totals import Calibrated
+    from pipeline.verify.report import Report
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
 MOST_FINDINGS = 12
@@ -245,10 +246,3 @@ class Console:
         how = "loaded" if report.level == "load" else "loaded and run"
         proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not proven in vLLM"
         self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
-
-
-def time_text(seconds: float) -> str:
-    """Seconds, minutes or hours, as one would say them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
