@@ -239,6 +239,31 @@ def trace(checkpoint: Path, output: Path) -> None:
 
 
 @main.command()
+@click.argument("name", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the copy goes.  [default: NAME.yaml]")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def recipes(name: str | None, output: Path | None, force: bool) -> None:
+    """List the recipes that come with this program, or copy the one called NAME to start from."""
+    from pipeline.recipe import shipped
+
+    if name is None:
+        known = shipped.shipped()
+        width = max(map(len, known))
+        for recipe in known.values():
+            click.echo(f"{recipe.name:<{width}}  {recipe.summary}")
+        click.echo("copy one with: quantize recipes NAME -o my.yaml")
+        return
+    found = _guarded(lambda: shipped.find(name), NOTHING_KEPT)
+    target = output if output is not None else Path(f"{found.name}.yaml")
+    if target.is_dir():
+        target = target / f"{found.name}.yaml"
+    if target.exists() and not force:
+        _fail(UsageError(f"{target}: it exists already; choose another file, or replace it with --force"))
+    _guarded(lambda: target.write_text(found.text(str(target)), encoding="utf-8"), NOTHING_KEPT)
+    click.echo(f"{target}: {found.summary}")
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from pipeline.recipe.recipe import json_schema

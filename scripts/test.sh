@@ -7,4 +7,6 @@ bash scripts/setup_vllm.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/lint-imports
+.venv/bin/deptry .
 TESTS_NEED_VLLM=1 exec .venv/bin/python -m pytest -m "" "$@"

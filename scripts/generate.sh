@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Writes what is generated from the code: the shipped recipes and their schema. Tests hold each of them current.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+"$python" - <<'PY'
+from pathlib import Path
+
+from pipeline.recipe.shipped import shipped
+
+for name, recipe in shipped().items():
+    Path(f"recipes/{name}.yaml").write_text(recipe.text(), encoding="utf-8")
+PY
+"$python" -m pipeline schema >recipes/recipe.schema.json
