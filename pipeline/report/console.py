@@ -26,12 +26,16 @@ LOG_WIDTH = 140  # of tables where there is no terminal
 
 
 class Console:
-    """Everything goes to standard output; errors are the command line's business."""
+    """Everything goes to standard output; errors are the command line's business.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: print nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
         import rich.console
 
-        self.rich: rich.console.Console = rich.console.Console(highlight=False)
+        self.rich: rich.console.Console = rich.console.Console(highlight=False, quiet=quiet)
         if not self.rich.is_terminal:
             self.rich.width = LOG_WIDTH
 
