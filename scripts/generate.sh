@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes what is generated from the code: the shipped recipes and their schema. Tests hold each of them current.
+# Writes what is generated from the code: the shipped recipes, their schema, docs/recipe.md. Tests hold each of them current.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
@@ -12,3 +12,4 @@ for name, recipe in shipped().items():
     Path(f"recipes/{name}.yaml").write_text(recipe.text(), encoding="utf-8")
 PY
 "$python" -m pipeline schema >recipes/recipe.schema.json
+"$python" -m pipeline.recipe.reference >docs/recipe.md

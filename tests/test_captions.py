@@ -24,7 +24,7 @@ from pipeline.calibration import captions as module
 from pipeline.calibration.captions import Caption, CaptionSet, choose, load_captions, normalize
 from pipeline.errors import UsageError
 from pipeline.recipe import recipe
-from pipeline.recipe.recipe import Calibration
+from pipeline.recipe.sections import Calibration
 from tests.conftest import ROOT, SHARED
 from tests.test_recipe import GOOD
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UsageError
-from pipeline.recipe import recipe
+from pipeline.recipe import recipe, reference
 from tests.conftest import ROOT
 
 GOOD = """\
@@ -170,6 +170,30 @@ def test_every_recipe_in_the_repository_is_valid_and_opens_with_its_launch_line(
         lines = path.read_text().splitlines()
         assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
         assert f"recipes/{path.name}" in lines[2], path
+
+
+def test_every_key_is_documented_and_the_page_is_current() -> None:
+    assert (ROOT / "docs" / "recipe.md").read_text() == reference.markdown(), "run: bash scripts/generate.sh"
+    schema = recipe.json_schema()
+    sections = [definition for definition in schema["$defs"].values() if "properties" in definition]
+    keys = [(name, key) for section in sections for name, key in section["properties"].items()]
+    assert len(keys) > 50
+    for name, key in keys:
+        refers = any("$ref" in part for part in (key, *key.get("anyOf", ())))
+        assert name in ("backend", "scheme", "backend_options") or refers or (key["description"] and key["examples"])
+
+
+def test_the_examples_of_the_page_are_valid() -> None:
+    """Each example stands in a recipe that is otherwise good."""
+    schema = recipe.json_schema()
+    tried = 0
+    for title, prefix in (("Calibration", "calibration"), ("Serve", "serve"), ("Runtime", "runtime")):
+        for name, key in schema["$defs"][title]["properties"].items():
+            for example in key.get("examples", ()):
+                text = GOOD + yaml.safe_dump({prefix: {name: example}})
+                assert recipe.parse(text).model_dump()[prefix][name] == example
+                tried += 1
+    assert tried > 20
 
 
 def test_the_committed_schema_is_the_models() -> None:

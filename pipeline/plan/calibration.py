@@ -14,7 +14,8 @@ from pipeline.checkpoint.layout import OutputTensor
 from pipeline.checkpoint.source import Checkpoint
 from pipeline.errors import UsageError
 from pipeline.plan.layout import LayerUnit
-from pipeline.recipe.recipe import Calibration, Recipe
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import Calibration
 from pipeline.units import parse_size
 
 Prepare = Callable[[Calibration, Path], tuple[CaptionSet, Batches]]

@@ -8,248 +8,20 @@ that every key keeps its place; pydantic validates the values.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
-    Field,
-    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
 )
 
 from pipeline.errors import UsageError
-from pipeline.recipe.yaml_text import Document, Position, _Loader, compose, dotted, nearest, order, parse_value, read
-from pipeline.units import parse_size
-from pipeline.vllm_env.serve_arguments import argument_name, kept_argument, name_problem, value_problem
-
-MAX_TOKENS = 1 << 40  # of a context; no model comes near it, and no arithmetic fails at it
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are mistakes, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Model(Section):
-    """The checkpoint to convert."""
-
-    source: str = Field(min_length=1, description="A hub id (org/name) or a directory with safetensors shards.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-
-
-class Calibration(Section):
-    """The text that ranges are measured on."""
-
-    captions: str = Field(
-        "coco2017",
-        description="coco2017; embedded (a few hundred, for trying out); a path to .json (COCO annotations), .jsonl or "
-        ".txt, or to a directory (built by calib_data, or for the datasets library); or a hub id (org/name).",
-    )
-    samples: int = Field(4096, ge=1)
-    per_image: int | None = Field(1, ge=1, description="At most so many captions of one image; null: no limit.")
-    max_length: int = Field(512, ge=1, description="Tokens; longer captions are cut.")
-    batch_tokens: int = Field(4096, ge=1, description="Tokens computed at once; fewer take less memory, and more time.")
-    template: Literal["raw", "chat"] = "raw"
-    seed: int = Field(0, ge=0)
-
-    @model_serializer(mode="wrap")
-    def _keep_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A null limit is no default: `recipe_yaml` leaves nulls out, and would read back another recipe."""
-        made: dict[str, Any] = write(self)
-        return made if self.per_image is not None else {**made, "per_image": None}
-
-
-class Quality(Section):
-    """Gates on the result; a run that misses one is not published."""
-
-    max_kl: float | None = Field(None, gt=0)
-    max_perplexity_ratio: float | None = Field(None, gt=0)
-    min_top1: float | None = Field(None, gt=0, le=1)
-
-
-class RopeScaling(Section):
-    """YaRN, for contexts longer than the model was trained on."""
-
-    factor: float = Field(gt=1, le=1000)
-    original_max_position_embeddings: int = Field(
-        ge=1, le=MAX_TOKENS, description="Positions before scaling, e.g. 32768."
-    )
-
-    @field_validator("factor", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class PromptLimits(Section):
-    """How many of each a request may hold; 0 refuses them."""
-
-    image: int | None = Field(None, ge=0)
-    video: int | None = Field(None, ge=0)
-    audio: int | None = Field(None, ge=0)
-
-
-class Serve(Section):
-    """What quantize/serve.yaml says to ``vllm serve``; what is left out follows from the checkpoint."""
-
-    gpu_memory: str | None = Field(None, description="Of one GPU, e.g. 80GB: what cannot fit is refused.")
-    gpu_memory_utilization: float = Field(0.92, gt=0, lt=1, description="The share that this server may take.")
-    tensor_parallel_size: int = Field(1, ge=1)
-    max_model_len: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_TOKENS,
-        description="Tokens; null: the model's limit, 32768 at most; with rope_scaling the whole scaled length.",
-    )
-    max_num_seqs: int | None = Field(None, ge=1, description="Requests at once; null: vLLM's own.")
-    limit_mm_per_prompt: PromptLimits | None = Field(
-        None, description="For models that see or hear; null: four images and no video."
-    )
-    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "bfloat16"] | None = Field(
-        None, description="null: fp8 where the checkpoint holds KV scales."
-    )
-    rope_scaling: RopeScaling | None = None
-    served_model_name: str | None = Field(None, min_length=1, description="null: the output's name.")
-    extra: dict[str, Any] = Field({}, description="Other arguments of vllm serve, by their names without dashes.")
-
-    @field_validator("gpu_memory")
-    @classmethod
-    def _gpu_memory(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
-        return value
-
-    @field_validator("gpu_memory_utilization", mode="after")
-    @classmethod
-    def _leaves_room(cls, value: float) -> float:
-        if value > 0.98:
-            raise ValueError("a GPU that is filled to the brim fails under load; 0.92 is usual, 0.98 the most")
-        return value
-
-    @field_validator("kv_cache_dtype", mode="before")
-    @classmethod
-    def _has_scales(cls, value: Any) -> Any:
-        if value == "fp8_e5m2":
-            raise ValueError("vLLM refuses that cache for FP8 checkpoints, whose scales are for fp8_e4m3; use fp8")
-        return value
-
-    @field_validator("served_model_name")
-    @classmethod
-    def _is_a_name(cls, value: str | None) -> str | None:
-        if value is not None and (why := name_problem(value)):
-            raise ValueError(why)
-        return value
-
-    @field_validator("extra")
-    @classmethod
-    def _others(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for name, argument in value.items():
-            key = argument_name(name)
-            if key in made:
-                raise ValueError(f"{name}: this argument is here twice")
-            if why := kept_argument(key, info.data.get("rope_scaling") is not None):
-                raise ValueError(f"{name}: {why}")
-            if why := value_problem(argument):
-                raise ValueError(f"{name}: {why}")
-            made[key] = argument
-        return made
-
-
-class ModelOptOptions(Section):
-    """``backend_options`` of ModelOpt."""
-
-    exact: bool = Field(False, description="ModelOpt's own bits, names and configs instead of those made for serving.")
-    balance: bool = Field(
-        True, description="Balance q/k/v and gate/up by exact powers of two where a shared scale would cost precision."
-    )
-
-
-class NoOptions(Section):
-    """``backend_options`` of a backend that has none."""
-
-
-class Runtime(Section):
-    """Where and how it runs; nothing here changes a byte of the weights of the data-free path.
-
-    A calibrated run's activations depend on the device, and on a CPU on the number of threads.
-    """
-
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What layers run on while calibrating.")
-    threads: int | None = Field(
-        None, ge=1, le=256, description="Quantizing threads; null: as many as cores, 8 at most."
-    )
-    hidden_states: Literal["auto", "device", "host", "file"] = Field(
-        "auto", description="Where hidden states wait between two layers: the GPU, (pinned) memory, or a file."
-    )
-    device_memory: str | None = Field(None, description="At most so much of the GPU's memory, e.g. 16GB; null: all.")
-    work_directory: str | None = Field(None, description="Where scratch files go; null: beside the output.")
-    vllm_python: str | None = Field(None, description="The Python of vLLM's own environment.")
-
-    @field_validator("device_memory")
-    @classmethod
-    def _device_memory(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
-        return value
-
-
-class Common(Section):
-    """The keys that every backend shares."""
-
-    model: Model
-    output: str = Field(min_length=1, description="The directory that will appear, whole and verified.")
-    kv_cache: Literal["fp8", "none"] = Field("fp8", description="fp8: calibrated scales go into the checkpoint.")
-    ignore: list[str] = Field(
-        [],
-        description="Modules kept as they are, beyond the defaults: names, globs, or regular expressions (re:...).",
-    )
-    calibration: Calibration | None = None
-    shard_size: str = Field("5GB", description="Upper bound of an output shard, e.g. 5GB or 500MB.")
-    verify: Literal["structure", "load", "generate"] = "load"
-    quality: Quality = Quality()
-    serve: Serve = Field(Serve(), description="What the serving profile should say.")
-    runtime: Runtime = Runtime()
-
-    @field_validator("shard_size")
-    @classmethod
-    def _shard_size(cls, value: str) -> str:
-        parse_size(value)
-        return value
-
-    @field_validator("ignore")
-    @classmethod
-    def _ignore(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except (re.error, OverflowError, RecursionError) as error:
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        return value
-
-    @field_validator("output")
-    @classmethod
-    def _output(cls, value: str) -> str:
-        if Path(value).name in ("", ".."):
-            raise ValueError("it must name a new directory")
-        return value
-
-    @property
-    def shard_bytes(self) -> int:
-        """`shard_size` in bytes."""
-        return parse_size(self.shard_size)
+from pipeline.recipe.sections import Common, ModelOptOptions, NoOptions, Quality, Section
+from pipeline.recipe.yaml_text import Document, Position, compose, dotted, nearest, order, parse_value, read
 
 
 class ModelOptRecipe(Common):
@@ -281,18 +53,6 @@ def json_schema() -> dict[str, Any]:
         "title": "FP8 quantization recipe",
         **schema,
     }
-
-
-# --- places -----------------------------------------------------------------------------------------
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 # --- reading ----------------------------------------------------------------------------------------

@@ -72,6 +72,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 without two of its surprises: dates stay text, and 1e-3 is a number."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
 def _scalar(node: yaml.Node) -> Any:
     loader = _Loader("")
     try:

@@ -22,7 +22,7 @@ import yaml
 from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.result import PROFILE
 from pipeline.errors import PipelineError, UsageError
-from pipeline.recipe.recipe import MAX_TOKENS, RopeScaling, Serve
+from pipeline.recipe.sections import MAX_TOKENS, RopeScaling, Serve
 from pipeline.units import parse_size
 from pipeline.vllm_env.serve_arguments import name_problem
 
