@@ -52,8 +52,9 @@ def memory_limits(system: System) -> list[MemoryLimit]:
 
 def _reclaimable(system: System, group: Path) -> int:
     """Bytes of a control group, and of those below it, that are page cache which the kernel gives back first."""
-    rows = dict(re.findall(r"^(\w+) (\d+)$", system.text(group, "memory.stat"), re.MULTILINE))
-    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))  # version 1 tells both, 2 the second
+    text = system.text(group, "memory.stat")
+    rows: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+    return int(rows.get("total_inactive_file") or rows.get("inactive_file") or 0)  # only version 1 tells both
 
 
 def available_memory(system: System | None = None) -> int:
