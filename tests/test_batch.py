@@ -403,7 +403,7 @@ def test_a_shared_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pipeline.batch.job import Asked
 
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 81920\n")
+    tool.write_text("#!/bin/sh\necho 0, GPU-aaaa, NVIDIA A100, 580.95.05, 8.0, 81920, 81000\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     text = RECIPE.format(source="s", output="o")

@@ -252,8 +252,9 @@ def share_gpu(asked: Asked, jobs: int) -> Asked:
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
     from pipeline.machine.memory import total_memory
+    from pipeline.machine.system import System, processors
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processors(System.here()).allowed
     kind = f"{len(gpus)} GPU(s)" if gpus else "no GPU"
     return f"{socket.gethostname()}: {cores} cores, {total_memory() / 2**30:.0f} GiB, {kind}"
 

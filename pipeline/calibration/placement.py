@@ -1,14 +1,14 @@
-"""Where layers run and where hidden states wait, chosen by what fits, and said."""
+"""Where layers run and where the activation cache lies, chosen by what fits, and said. Choosing changes nothing."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import DiskFull, OutOfMemory, UsageError
+from pipeline.machine.drives import drive_space
 from pipeline.machine.memory import available_memory
 
 Place = Literal["device", "host", "file"]
@@ -26,12 +26,14 @@ class Device:
         name: of the processor; with the kind it decides bits, so it is part of a run's identity.
         why: a sentence for the user.
         free: bytes of its memory that may be used; for a CPU the host's.
+        limit: bytes of a GPU's memory that this process may take, at most; see `limit_device`.
     """
 
     kind: Literal["cpu", "cuda"]
     name: str
     why: str
     free: int
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,14 @@ def import_libraries(backend: str | None = None) -> float:
 
 
 def choose_device(wanted: str, limit: int | None = None) -> Device:
-    """The device of a recipe's ``runtime.device``.
+    """The device of a recipe's ``runtime.device``. Only looks; what the device may take is set by `limit_device`.
+
+    A GPU's free memory is torch's own reading and not nvidia-smi's: torch numbers GPUs in an order of its own, and
+    knows a MIG slice's memory.
 
     Args:
         wanted: ``auto``, ``cpu`` or ``cuda``.
-        limit: bytes of the GPU's memory that this process may take, at most; torch enforces it.
+        limit: bytes of the GPU's memory that this process may take, at most.
 
     Raises:
         UsageError: cuda is asked for and torch finds none.
@@ -94,16 +99,25 @@ def choose_device(wanted: str, limit: int | None = None) -> Device:
         index = torch.cuda.current_device()
         free, total = torch.cuda.mem_get_info(index)
         if limit is not None:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
             free = min(free, limit)
         name = torch.cuda.get_device_name(index)
         why = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free" + (
             "" if wanted == "cuda" else " (auto: a GPU is here)"
         )
-        return Device("cuda", name, why, free)
+        return Device("cuda", name, why, free, limit)
     capability = torch.backends.cpu.get_cpu_capability()
     reason = "asked for" if wanted == "cpu" else "auto: torch finds no GPU"
     return Device("cpu", f"cpu {capability}", f"CPU with {capability} ({reason})", available_memory())
+
+
+def limit_device(device: Device) -> None:
+    """Let torch take no more of a GPU's memory than `Device.limit` in this process. Called where the run starts."""
+    if device.kind == "cuda" and device.limit is not None:
+        import torch
+
+        index = torch.cuda.current_device()
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, device.limit / total), index)
 
 
 def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple[Place, str]:
@@ -140,13 +154,11 @@ def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple
     if wanted == "host" or (wanted == "auto" and needs.hidden + host_needs <= int(host * SHARE)):
         kind = "pinned host memory" if device.kind == "cuda" else "memory"
         return "host", f"{size} of hidden states in {kind}"
-    while not work.exists():
-        work = work.parent
-    free = shutil.disk_usage(work).free
-    if free < needs.hidden:
+    space = drive_space(work)
+    if space.free < needs.hidden:
         raise DiskFull(
-            f"{work}: {free / 1e9:.1f} GB free, {needs.hidden / 1e9:.1f} GB needed for hidden states; free some, set "
-            "runtime.work_directory, or lower calibration.samples"
+            f"{space.directory}: {space.free / 1e9:.1f} GB free, {needs.hidden / 1e9:.1f} GB needed for hidden states; "
+            "free some, set runtime.work_directory, or lower calibration.samples"
         )
     why = "asked for" if wanted == "file" else f"{host / 1e9:.1f} GB of memory are too few"
-    return "file", f"{size} of hidden states in a file in {work} ({why})"
+    return "file", f"{size} of hidden states in a file in {space.directory} ({why})"

@@ -1,7 +1,7 @@
 """Is this machine fit for the run? Findings, each with its remedy; nothing is changed.
 
 `examine` asks the machine (machine.py), the drives (drives.py) and the libraries (libraries.py), which all read through
-`system.System`: a tree of files can stand for a machine.
+`machine.system.System`: a tree of files can stand for a machine.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,20 @@ from typing import TYPE_CHECKING
 
 from pipeline.checkpoint.result import places
 from pipeline.doctor.finding import Finding, Status
-from pipeline.machine.drives import SAMPLE, Mount, Rate, measure_drive, measure_read, mount_of, mounts, nearest, spins
+from pipeline.machine.drives import (
+    SAMPLE,
+    Mount,
+    Rate,
+    drive_space,
+    existing,
+    measure_drive,
+    measure_read,
+    mount_of,
+    mounts,
+    spins,
+)
 from pipeline.machine.system import System, wsl
+from pipeline.plan.disk import disk_need, scratch_need, written_already
 from pipeline.units import size_text
 
 if TYPE_CHECKING:
@@ -59,7 +69,7 @@ class Use:
 
 def kind_findings(system: System, table: Sequence[Mount], use: Use) -> Iterator[Finding]:
     """What a drive's file system means for its use; the room on it."""
-    there = nearest(use.path)
+    there = existing(use.path)
     mount = mount_of(table, use.path)
     if mount is None:
         yield Finding(use.area, "note", f"{use.path}: /proc/self/mountinfo does not say what it lies on")
@@ -72,7 +82,7 @@ def kind_findings(system: System, table: Sequence[Mount], use: Use) -> Iterator[
         why = "is no directory" if not there.is_dir() else "may not be written by this user"
         yield Finding(use.area, "unfit", f"{use.path}: {there} {why}", f"choose another {use.key}, or mend that")
         return
-    free = shutil.disk_usage(there).free
+    free = drive_space(there).free
     what = f"{use.path}: {kind} at {mount.point}, {size_text(free)} free"
     if use.needs is not None:
         what += f", {size_text(use.needs)} needed"
@@ -142,7 +152,7 @@ def judge(use: Use, wrote: Rate | None, read: Rate, spinning: bool | None = None
     if wrote is not None:
         parts.append(f"writes {size_text(wrote.speed)}/s" + _means(use.needs, wrote))
     parts.append(f"reads {size_text(read.speed)}/s" + _means(use.reads, read))
-    text = f"{nearest(use.path)}: {', '.join(parts)}, measured"
+    text = f"{existing(use.path)}: {', '.join(parts)}, measured"
     slowest = min(rate.speed for rate in (wrote, read) if rate is not None)
     if slowest < SLOW:
         kind = " (a spinning disk)" if spinning else ""
@@ -160,14 +170,14 @@ def _means(nbytes: int | None, rate: Rate) -> str:
 
 def rate_findings(system: System, table: Sequence[Mount], use: Use, shard: Path | None) -> Iterator[Finding]:
     """Measure a drive: by a scratch file where a run writes, by a shard where it reads."""
-    there = nearest(use.path)
+    there = existing(use.path)
     mount = mount_of(table, use.path)
     spinning = spins(system, mount) if mount is not None else None
     try:
         if use.writes:
             if mount is not None and mount.kind in MEMORY:
                 return
-            free = shutil.disk_usage(there).free
+            free = drive_space(there).free
             if free < ROOM * SAMPLE:
                 yield Finding(use.area, "note", f"{there}: not measured, {size_text(free)} are too little room for it")
                 return
@@ -217,20 +227,11 @@ def _uses(recipe: Recipe | None, plan: Plan | None, cache: Path) -> Iterator[Use
         yield Use("output", Path.cwd(), "output", True)
         return
     output, partial = places(recipe.output)
-    calibration = plan.calibration if plan is not None else None
-    scratch = calibration.needs.hidden * (3 if calibration.place == "file" else 2) if calibration is not None else 0
-    apart = recipe.runtime.work_directory is not None
     needs = None
     if plan is not None and not output.exists():
-        needs = max(0, plan.output_nbytes - _written(partial)) + (0 if apart else scratch)
+        needs = max(0, disk_need(plan) - written_already(partial))
     yield Use("output", output.parent, "output", True, needs=needs)
-    if apart and recipe.runtime.work_directory is not None:
+    if recipe.runtime.work_directory is not None:
         work = Path(recipe.runtime.work_directory).expanduser().absolute()
+        scratch = scratch_need(plan) if plan is not None else 0
         yield Use("work", work, "runtime.work_directory", True, needs=scratch or None)
-
-
-def _written(partial: Path) -> int:
-    """Bytes that a stopped run has there already."""
-    with contextlib.suppress(OSError):
-        return sum(path.stat().st_blocks * 512 for path in partial.glob("*.safetensors"))
-    return 0

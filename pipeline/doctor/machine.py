@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.calibration.placement import DEVICE_BASE, SHARE
 from pipeline.doctor.finding import Finding, Status
 from pipeline.doctor.libraries import torch_build
-from pipeline.machine.gpus import GPU, GPUs, visible
-from pipeline.machine.system import Processors, System, meminfo, memory_limit, processors, wsl
+from pipeline.machine.gpus import GPU, VISIBLE, GPUs, visible
+from pipeline.machine.memory import available_memory, meminfo, total_memory
+from pipeline.machine.processes import open_files
+from pipeline.machine.system import Processors, System, default_threads, processors, wsl
 from pipeline.units import parse_size, size_text
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 # The oldest GPUs that CUDA 13 compiles for.
 OLDEST_GPU = {13: (7, 5)}
 OPEN_FILES = 64  # of Python, its libraries, the journal and the events
-MOST_THREADS = 8  # that a run starts by itself; see recipe.Runtime.threads
 OMP = "OMP_NUM_THREADS"
 
 
@@ -44,12 +44,7 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
     if not seen.found:
         yield _no_gpu(system, seen, bad)
         return
-    wanted = system.environment.get("CUDA_VISIBLE_DEVICES")
-    if wanted is not None and wanted.startswith("MIG-"):  # nvidia-smi tells of the whole GPU
-        seen = replace(
-            seen, found=tuple(replace(g, name=f"a MIG slice of {g.name}", free=None) for g in seen.found[:1])
-        )
-        wanted = None
+    wanted = system.environment.get(VISIBLE)
     chosen = visible(seen.found, wanted)
     if wanted is not None and not chosen:
         yield Finding(
@@ -63,7 +58,7 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
     if (
         wanted is not None
         and len({gpu.name for gpu in seen.found}) > 1
-        and not wanted.startswith("GPU-")
+        and not wanted.startswith(("GPU-", "MIG-"))
         and system.environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
     ):
         yield Finding(
@@ -99,7 +94,7 @@ def _no_gpu(system: System, seen: GPUs, bad: Status) -> Finding:
         if wsl(system):
             remedy = "update the NVIDIA driver in Windows, run wsl --update and wsl --shutdown, then try nvidia-smi"
         return Finding("gpu", bad, f"{seen.tool}: {seen.problem}", remedy)
-    if seen.driver and not (system.root / "dev/nvidiactl").exists():
+    if seen.driver and not seen.node:
         return Finding(
             "gpu",
             bad,
@@ -252,13 +247,11 @@ def memory_findings(system: System, plan: Plan | None) -> Iterator[Finding]:
     if "MemTotal" not in found:
         yield Finding("memory", "note", "/proc/meminfo cannot be read: how much memory there is is not known")
         return
-    total, free = found["MemTotal"], found.get("MemAvailable", found.get("MemFree", 0))
+    total, free = total_memory(system), available_memory(system)
     what = f"{size_text(free)} of {size_text(total)} free"
-    limit = memory_limit(system)
-    limited = limit is not None and limit[0] < total
-    if limit is not None and limited:
-        total, free = limit[0], min(free, max(0, limit[0] - limit[1]))
-        what = f"{size_text(free)} free of {size_text(limit[0])}, a limit of the container or control group"
+    limited = total < found["MemTotal"]
+    if limited:
+        what = f"{size_text(free)} free of {size_text(total)}, a limit of the container or control group"
     more = "raise the container's memory limit (docker --memory, a pod's limits, systemd's MemoryMax)"
     if wsl(system):
         more = "raise memory= in .wslconfig, then wsl --shutdown"
@@ -302,24 +295,22 @@ def processor_findings(system: System, recipe: Recipe | None) -> Iterator[Findin
     if found.quota is not None:
         what += f"; a quota of {found.quota:.3g} CPU(s)"
     yield Finding("cores", "ok", what)
-    yield from _run_threads(found, best, recipe)
+    asked = recipe.runtime.threads if recipe is not None else None
+    yield _run_threads(found, asked, default_threads(system))
     yield from _omp(system, found, best)
 
 
-def _run_threads(found: Processors, best: int, recipe: Recipe | None) -> Iterator[Finding]:
-    """What `plan.make_plan` will take, which counts the machine's logical CPUs."""
-    asked = recipe.runtime.threads if recipe is not None else None
-    threads = asked or min(MOST_THREADS, found.online)
-    room = found.allowed if found.quota is None else min(found.allowed, found.quota)
+def _run_threads(found: Processors, asked: int | None, default: int) -> Finding:
+    """The recipe's number of threads; without one a run takes as many as compute at full speed."""
+    threads, best = asked or default, found.threads
     if threads <= best:
-        yield Finding("threads", "ok", f"a run computes with {threads} thread(s)")
-        return
-    where = f"runtime.threads: {threads}" if asked else f"a run starts {threads} threads by itself"
+        return Finding("threads", "ok", f"a run computes with {threads} thread(s)")
+    room = found.allowed if found.quota is None else min(found.allowed, found.quota)
     over = threads > room
-    yield Finding(
+    return Finding(
         "threads",
         "warning" if over else "note",
-        f"{where}, "
+        f"runtime.threads: {threads}, "
         + (f"{room:.3g} CPU(s) may be used: they wait for each other" if over else f"on {best} physical core(s)"),
         f"set runtime.threads={best}",
     )
@@ -357,10 +348,10 @@ def _omp(system: System, found: Processors, best: int) -> Iterator[Finding]:
 
 def limit_findings(system: System, plan: Plan | None) -> Iterator[Finding]:
     """Open files, against the shards of source and result."""
-    match = re.search(r"^Max open files\s+(\d+)\s+(\d+)", system.text("proc/self/limits"), re.MULTILINE)
-    if match is None:
+    limits = open_files(system)
+    if limits is None:
         return
-    soft, hard = int(match[1]), int(match[2])
+    soft, hard = limits
     need = OPEN_FILES + (len(plan.checkpoint.shards) + len(plan.shards) if plan is not None else 64)
     if soft < need:
         remedy = f"ulimit -n {min(hard, max(1024, need))}"

@@ -1,10 +1,11 @@
-"""Mounts, drives and their measured rates."""
+"""Mounts, drives, the room on them and their measured rates."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -59,24 +60,57 @@ def spins(system: System, mount: Mount) -> bool | None:
             continue
         place = name.resolve()
         for block in (place, place.parent):  # a partition has no queue, its disk has
-            said = system.number(str(block.relative_to(system.root.resolve())), "queue/rotational")
+            said = system.number(block.relative_to(system.root.resolve()), "queue/rotational")
             if said is not None:
                 return said == 1
     return None
+
+
+# --- room --------------------------------------------------------------------------------------------
+
+
+def existing(path: Path) -> Path:
+    """The path, or the first of its parents that exists: it is, or will be, on that one's drive."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
+def device_of(path: Path) -> int:
+    """The number of the device that a path is, or will be, on."""
+    return existing(path).stat().st_dev
+
+
+@dataclass(frozen=True)
+class DriveSpace:
+    """The drive that a path is, or will be, on.
+
+    Attributes:
+        directory: the path, or the first of its parents that exists.
+        free: bytes that this user may still write there.
+        total: bytes of the whole drive.
+    """
+
+    directory: Path
+    free: int
+    total: int
+
+
+def drive_space(path: Path) -> DriveSpace:
+    """How much room there is where a path is, or will be. Raises OSError."""
+    directory = existing(path)
+    usage = shutil.disk_usage(directory)
+    return DriveSpace(directory, usage.free, usage.total)
+
+
+# --- rates -------------------------------------------------------------------------------------------
 
 
 SAMPLE = 256 << 20
 BLOCK = 8 << 20
 FLUSH = 32 << 20  # so that a slow drive is noticed before all of the sample waits for it
 SECONDS = 1.5  # for each rate, at most, on a drive that does anything at all
-
-
-def nearest(path: Path) -> Path:
-    """The path, or the first of its parents that exists."""
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
 
 
 @dataclass(frozen=True)
@@ -143,15 +177,3 @@ def _read(number: int, size: int) -> Rate:
             break
         done += count
     return Rate(done, time.perf_counter() - begin)
-
-
-def existing(path: Path) -> Path:
-    """The nearest place of a path that is there: the drive that it will be on."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def device_of(path: Path) -> int:
-    """The number of the device that a path is, or will be, on."""
-    return existing(path).stat().st_dev

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.machine.system import System
 
 WSL_TOOLS = "usr/lib/wsl/lib"  # where Windows puts its nvidia-smi; not on every PATH
 SMI_FIELDS = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SMI_SECONDS = 30  # a GPU without persistence mode wakes slowly
 
 
@@ -38,23 +39,26 @@ class GPUs:
         tool: nvidia-smi, None where there is none.
         problem: its complaint.
         driver: the kernel module's version, as /proc says; empty without one.
+        node: whether the driver can be reached: a container may see the module and not its device.
     """
 
     found: tuple[GPU, ...]
     tool: Path | None
     problem: str | None
     driver: str
+    node: bool
 
 
 def gpus(system: System) -> GPUs:
     """Ask nvidia-smi, which needs no CUDA and no torch."""
     driver = re.search(r"^NVRM version:.*?\s(\d+\.\d[\d.]*)\s", system.text("proc/driver/nvidia/version"), re.MULTILINE)
     version = driver[1] if driver else ""
+    node = (system.root / "dev/nvidiactl").exists()
     paths = [Path(p) for p in system.environment.get("PATH", os.defpath).split(os.pathsep) if p]
     tools = [place / "nvidia-smi" for place in (*paths, system.root / WSL_TOOLS)]
     tool = next((place for place in tools if place.is_file() and os.access(place, os.X_OK)), None)
     if tool is None:
-        return GPUs((), None, None, version)
+        return GPUs((), None, None, version, node)
     status, said = _ask(system, tool, SMI_FIELDS)
     fields: Sequence[str] = SMI_FIELDS
     if status and "compute_cap" in said:  # drivers before 470 know no such field
@@ -62,9 +66,10 @@ def gpus(system: System) -> GPUs:
         status, said = _ask(system, tool, fields)
     lines = [line for line in said.splitlines() if line.strip()]
     if status:
-        return GPUs((), tool, lines[0].strip() if lines else f"it ended with status {status}", version)
+        problem = lines[0].strip() if lines else f"it ended with status {status}"
+        return GPUs((), tool, problem, version, node)
     found = [_gpu(dict(zip(fields, map(str.strip, line.split(",")), strict=False))) for line in lines]
-    return GPUs(tuple(gpu for gpu in found if gpu is not None), tool, None, version)
+    return GPUs(tuple(gpu for gpu in found if gpu is not None), tool, None, version, node)
 
 
 def _ask(system: System, tool: Path, fields: Sequence[str]) -> tuple[int, str]:
@@ -81,7 +86,7 @@ def _ask(system: System, tool: Path, fields: Sequence[str]) -> tuple[int, str]:
 
 
 def _gpu(row: Mapping[str, str]) -> GPU | None:
-    if not row["index"].isdigit():
+    if not row["index"].isdigit() or len(row) < len(SMI_FIELDS) - 1:  # a complaint among the rows
         return None
 
     def mebibytes(name: str) -> int | None:  # "[N/A]" where the GPU shares the host's memory
@@ -94,47 +99,50 @@ def _gpu(row: Mapping[str, str]) -> GPU | None:
 
 
 def visible(found: Sequence[GPU], wanted: str | None) -> tuple[GPU, ...]:
-    """What CUDA_VISIBLE_DEVICES leaves, in its order: numbers or UUIDs' beginnings, up to the first that is neither."""
+    """What CUDA_VISIBLE_DEVICES leaves, in its order: numbers or UUIDs' beginnings, up to the first that is neither.
+
+    A MIG slice stands as a GPU of unknown memory: nvidia-smi's query is about whole GPUs only.
+    """
     if wanted is None:
         return tuple(found)
     chosen: list[GPU] = []
     for word in (part.strip() for part in wanted.split(",")):
-        match = [g for g in found if (word == str(g.index)) or (word.startswith("GPU-") and g.uuid.startswith(word))]
+        if word.startswith("MIG-"):
+            match = [replace(g, uuid=word, name=f"a MIG slice of {g.name}", total=None, free=None) for g in found[:1]]
+        else:
+            match = [g for g in found if word == str(g.index) or (word.startswith("GPU-") and g.uuid.startswith(word))]
         if len(match) != 1 or match[0] in chosen:
             break
         chosen.append(match[0])
     return tuple(chosen)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, without importing torch."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [word.strip() for word in named.split(",") if word.strip() and word.strip() != "-1"]
-    return [line for line in _nvidia_smi("index") if line.isdigit()]
+# --- the GPUs of this process ------------------------------------------------------------------------
 
 
-def gpu_memory() -> int:
-    """Bytes of the smallest GPU's memory; 0 where there is none."""
-    found = [int(line) for line in _nvidia_smi("memory.total") if line.isdigit()]  # MiB
-    return min(found, default=0) << 20
+def _seen(system: System | None) -> tuple[GPU, ...]:
+    """What CUDA_VISIBLE_DEVICES leaves to this process; the first is the one that a run uses."""
+    system = System.here() if system is None else system
+    return visible(gpus(system).found, system.environment.get(VISIBLE))
 
 
-def _nvidia_smi(field: str) -> list[str]:
-    try:
-        asked = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines()] if not done.returncode else []
+def visible_gpus(system: System | None = None) -> list[str]:
+    """This process's GPUs by the names that CUDA_VISIBLE_DEVICES has for each, without importing torch."""
+    system = System.here() if system is None else system
+    found, wanted = gpus(system).found, system.environment.get(VISIBLE)
+    if wanted is None:
+        return [str(gpu.index) for gpu in found]
+    words = [word.strip() for word in wanted.split(",")]
+    if not found:  # nvidia-smi is not everywhere where CUDA is
+        return [word for word in words if word and word != "-1"]
+    return words[: len(visible(found, wanted))]
 
 
-def free_gpu_memory() -> int | None:
-    """Free bytes of the GPU that this process uses; None where nvidia-smi does not say."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
-        return int(done.stdout.split()[0]) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+def gpu_memory(system: System | None = None) -> int:
+    """Bytes of memory of the smallest GPU that this process sees; 0 where there is none, or nothing says."""
+    return min((gpu.total for gpu in _seen(system) if gpu.total is not None), default=0)
+
+
+def free_gpu_memory(system: System | None = None) -> int | None:
+    """Free bytes of the GPU that this process uses, the first that it sees; None where nvidia-smi does not say."""
+    return next((gpu.free for gpu in _seen(system)), None)

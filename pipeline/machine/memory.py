@@ -3,55 +3,78 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
-CGROUP_MEMORY = (  # limit and use, in control groups of version 2 and 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
+from pipeline.machine.system import System, control_groups
+
+UNLIMITED = 1 << 60  # version 1 of control groups says "no limit" with a larger number
 
 
-def available_memory() -> int:
-    """Bytes of host memory that can be had now, within a container's limit; a large number where nothing says."""
-    return min(_meminfo("MemAvailable"), *(max(0, limit - used) for limit, used in _group_limits()))
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What a control group allows, and what is used of it, in bytes.
+
+    Files in the page cache count as used there, but make room: those that nobody used lately are left out.
+    """
+
+    limit: int
+    used: int
+
+    @property
+    def room(self) -> int:
+        """What can be had now."""
+        return max(0, self.limit - self.used)
 
 
-def total_memory() -> int:
-    """Bytes of host memory that this machine, or its container, has in all."""
-    return min(_meminfo("MemTotal"), *(limit for limit, _ in _group_limits()))
+def meminfo(system: System) -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+    found = {}
+    for line in system.text("proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            found[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
+    return found
 
 
-def _meminfo(key: str) -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1 << 62
+def memory_limits(system: System) -> list[MemoryLimit]:
+    """The limits of this process's control group and of all above it: each of them holds."""
+    found = []
+    for group in control_groups(system, "memory"):
+        limits = [system.number(group, n) for n in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        used = system.number(group, "memory.current") or system.number(group, "memory.usage_in_bytes") or 0
+        used = max(0, used - _reclaimable(system, group))
+        found += [MemoryLimit(limit, used) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
+    return found
 
 
-def _group_limits() -> list[tuple[int, int]]:
-    """Limit and use of the control group that this process sees as its root; one that limits nothing comes last."""
-    found, root = [], Path("/sys/fs/cgroup")
-    for limit, used in CGROUP_MEMORY:
-        try:
-            ceiling = (root / limit).read_text().strip()
-            if ceiling != "max":
-                found.append((int(ceiling), int((root / used).read_text()) - _reclaimable((root / used).parent)))
-        except (OSError, ValueError):
-            continue
-    return [*found, (1 << 62, 0)]
+def _reclaimable(system: System, group: Path) -> int:
+    """Bytes of a control group, and of those below it, that are page cache which the kernel gives back first."""
+    text = system.text(group, "memory.stat")
+    rows: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+    return int(rows.get("total_inactive_file") or rows.get("inactive_file") or 0)  # only version 1 tells both
 
 
-def _reclaimable(group: Path) -> int:
-    """Bytes of a control group that are page cache which the kernel gives back first."""
-    keys = ("total_inactive_file", "inactive_file")  # with what is below the group, in version 1
-    try:
-        rows = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return 0
-    return next((int(rows[key]) for key in keys if key in rows), 0)
+def available_memory(system: System | None = None) -> int:
+    """Bytes of host memory that can be had now, within the limits of all control groups around this process."""
+    system = System.here() if system is None else system
+    found = meminfo(system)
+    free = found.get("MemAvailable", found.get("MemFree", _physical()))
+    return min([free, *(limit.room for limit in memory_limits(system))])
+
+
+def total_memory(system: System | None = None) -> int:
+    """Bytes of host memory that there are in all for this process: the machine's, or the smallest limit's."""
+    system = System.here() if system is None else system
+    total = meminfo(system).get("MemTotal", _physical())
+    return min([total, *(limit.limit for limit in memory_limits(system))])
+
+
+def _physical() -> int:
+    """For systems without /proc/meminfo."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def rss_bytes() -> int:

@@ -1,12 +1,14 @@
-"""Processes that do not outlive who started them, and how one ended."""
+"""Processes that do not outlive who started them, how one ended, and what the kernel grants this one."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
-from pathlib import Path
+
+from pipeline.machine.system import System, control_groups
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,20 +25,24 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has ended for want of memory so far: on the machine, and in this control group."""
-    found = 0
-    for name, word in (
-        ("proc/vmstat", "oom_kill"),
-        ("sys/fs/cgroup/memory.events", "oom_kill"),
-        ("sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
-    ):
-        try:
-            lines = (root / name).read_text(encoding="ascii").splitlines()
-        except (OSError, ValueError):
-            continue
-        found += sum(int(line.split()[1]) for line in lines if line.split()[:1] == [word])
-    return found
+def oom_kills(system: System | None = None) -> int:
+    """How often the kernel has ended a process for want of memory so far: here, or in a control group around this one.
+
+    A container may hide the machine's count, a kernel may count in one of the files only; a kill can count more than
+    once. So only that the number grew means anything.
+    """
+    system = System.here() if system is None else system
+    texts = [system.text("proc/vmstat")]
+    for group in control_groups(system, "memory"):
+        texts += [system.text(group, name) for name in ("memory.events", "memory.oom_control")]
+    return sum(int(count) for text in texts for count in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
+
+
+def open_files(system: System | None = None) -> tuple[int, int] | None:
+    """How many files this process may have open: the soft and the hard limit; None where the system does not say."""
+    text = (System.here() if system is None else system).text("proc/self/limits")
+    match = re.search(r"^Max open files\s+(\d+)\s+(\d+)", text, re.MULTILINE)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def signal_name(status: int) -> str:

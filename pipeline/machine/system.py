@@ -1,4 +1,4 @@
-"""What a machine says about itself: files below a root, an environment, and where Python's libraries are.
+"""Where a machine is read: files below a root, an environment, Python's libraries; its control groups and processors.
 
 Everything is read below `System.root`, so that a tree of files stands for a machine.
 """
@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,86 +35,59 @@ class System:
         """This machine, but for what is given."""
         return cls(root, os.environ if environment is None else environment, sys.path if site is None else site)
 
-    def text(self, *parts: str) -> str:
+    def text(self, *parts: str | Path) -> str:
         """A file's text; empty where it cannot be read."""
         try:
             return self.root.joinpath(*parts).read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
             return ""
 
-    def number(self, *parts: str) -> int | None:
+    def number(self, *parts: str | Path) -> int | None:
         """A file that holds one number; None for everything else, as ``max``."""
         text = self.text(*parts)
         return int(text) if re.fullmatch(r"-?\d+", text) else None
 
 
-# --- memory and processors ---------------------------------------------------------------------------
+# --- control groups ----------------------------------------------------------------------------------
 
 
-def meminfo(system: System) -> dict[str, int]:
-    """/proc/meminfo in bytes."""
-    found = {}
-    for line in system.text("proc/meminfo").splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if words and words[0].isdigit():
-            found[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
-    return found
+def control_groups(system: System, controller: str) -> list[Path]:
+    """This process's control group and all above it, for one controller (``memory``, ``cpu``); version 2 first.
 
-
-def _groups(system: System, controller: str) -> Iterator[Path]:
-    """This process's control group and all above it, for one controller; version 2 first."""
-    places = []
+    A limit of any of them holds for this process. The directories are relative to the root; some may not exist.
+    """
+    mount = Path("sys/fs/cgroup")
+    places: list[tuple[Path, str]] = []
     for line in system.text("proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if number == "0" and not names:
-            places.append((system.root / "sys/fs/cgroup", path))
+            places.append((mount, path))
         elif controller in names.split(","):
-            places += [(system.root / "sys/fs/cgroup" / name, path) for name in (controller, names)]
+            places += [(mount / name, path) for name in (controller, names)]
     # in a container the path may be the host's, while the mount shows the container's own group
-    places.append((system.root / "sys/fs/cgroup", "/"))
-    places.append((system.root / "sys/fs/cgroup" / controller, "/"))
+    places += [(mount, "/"), (mount / controller, "/")]
+    found: dict[Path, None] = {}  # in order, each once
     for base, path in places:
         own = Path(os.path.normpath(base / path.lstrip("/")))
-        for group in (own, *own.parents):
-            if group.is_relative_to(base):
-                yield group
+        found.update((group, None) for group in (own, *own.parents) if group.is_relative_to(base))
+    return list(found)
 
 
-def memory_limit(system: System) -> tuple[int, int] | None:
-    """The tightest limit of the control groups and what is used of it, in bytes; None without a limit.
-
-    Files in the page cache count as used there, but make room: those that nobody used lately are left out.
-    """
-    found = []
-    for group in _groups(system, "memory"):
-        where = str(group.relative_to(system.root))
-        cached = re.search(r"^(?:total_)?inactive_file (\d+)", system.text(where, "memory.stat"), re.MULTILINE)
-        used = _below(system, group, "memory.current", "memory.usage_in_bytes") or 0
-        used = max(0, used - int(cached[1])) if cached else used
-        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            limit = _below(system, group, name)
-            if limit is not None and 0 < limit < 1 << 60:  # version 1 says "none" with a huge number
-                found.append((limit, used))
-    return min(found, key=lambda pair: pair[0] - pair[1], default=None)
+# --- processors --------------------------------------------------------------------------------------
 
 
-def _below(system: System, group: Path, *names: str) -> int | None:
-    for name in names:
-        if (found := system.number(str(group.relative_to(system.root)), name)) is not None:
-            return found
-    return None
+MOST_THREADS = 8  # that a run starts by itself: more wait for the drive
 
 
 def cpu_quota(system: System) -> float | None:
     """Processors' worth of time that the control groups allow; None without a limit."""
     found = []
-    for group in _groups(system, "cpu"):
-        words = system.text(str(group.relative_to(system.root)), "cpu.max").split()
+    for group in control_groups(system, "cpu"):
+        words = system.text(group, "cpu.max").split()
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
             found.append(int(words[0]) / int(words[1]))
-        quota, period = _below(system, group, "cpu.cfs_quota_us"), _below(system, group, "cpu.cfs_period_us")
+        quota, period = system.number(group, "cpu.cfs_quota_us"), system.number(group, "cpu.cfs_period_us")
         if quota is not None and quota > 0 and period:
             found.append(quota / period)
     return min(found, default=None)
@@ -143,20 +116,29 @@ class Processors:
 
 
 def processors(system: System) -> Processors:
-    """Counted from sysfs, else from /proc/cpuinfo."""
+    """Counted from sysfs, else from /proc/cpuinfo; where neither says, every logical CPU counts as a core."""
     topology: dict[int, tuple[str, str]] = {}
     for place in (system.root / "sys/devices/system/cpu").glob("cpu[0-9]*"):
-        where = str(place.relative_to(system.root))
+        where = place.relative_to(system.root)
         core = system.text(where, "topology/core_id")
         if core and system.text(where, "online") != "0":
+            if core.startswith("-"):  # not known: without this all would count as one
+                core = place.name
             topology[int(place.name[3:])] = (system.text(where, "topology/physical_package_id"), core)
     if not topology:
         listed = system.text("proc/cpuinfo")
         topology = {int(n): ("", n) for n in re.findall(r"^processor\s*:\s*(\d+)", listed, re.MULTILINE)}
+    if not topology:  # no Linux
+        topology = {number: ("", str(number)) for number in range(os.cpu_count() or 1)}
     mask = re.search(r"^Cpus_allowed_list:\s*(\S+)", system.text("proc/self/status"), re.MULTILINE)
     allowed = [cpu for cpu in topology if mask is None or cpu in _cpu_list(mask[1])]
     cores = {topology[cpu] for cpu in allowed}
     return Processors(max(1, len(topology)), max(1, len(allowed)), max(1, len(cores)), cpu_quota(system))
+
+
+def default_threads(system: System | None = None) -> int:
+    """How many threads a run computes with unless its recipe says otherwise: the cores that it may use, 8 at most."""
+    return min(MOST_THREADS, processors(System.here() if system is None else system).threads)
 
 
 def _cpu_list(text: str) -> set[int]:
@@ -168,15 +150,12 @@ def _cpu_list(text: str) -> set[int]:
     return found
 
 
+# --- Windows -----------------------------------------------------------------------------------------
+
+
 def wsl(system: System) -> int | None:
     """1 or 2 inside the Windows Subsystem for Linux, else None."""
     version = system.text("proc/version")
     if "microsoft" not in version.lower():
         return None
     return 2 if "WSL2" in version or "microsoft-standard" in version else 1
-
-
-# --- GPUs --------------------------------------------------------------------------------------------
-
-
-# --- mounts ------------------------------------------------------------------------------------------

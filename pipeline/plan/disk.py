@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 
 from pipeline.errors import DiskFull, TooLarge
+from pipeline.machine.drives import drive_space
 from pipeline.plan.plan import Plan
 from pipeline.units import size_text
 
 
-def disk_need(plan: Plan) -> int:
-    """Bytes that the output's drive must have for a whole run.
+def scratch_need(plan: Plan) -> int:
+    """Bytes of scratch files: two generations of the activation cache while one is saved, and the file it lies in."""
+    if plan.calibration is None:
+        return 0
+    return plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
 
-    Hidden states count where they go to the same drive: two generations while one is saved, and the file they wait in.
-    """
+
+def disk_need(plan: Plan) -> int:
+    """Bytes that the output's drive must have for a whole run; with scratch files, where they go to the same drive."""
     needed = plan.output_nbytes + (16 << 20)
-    if plan.calibration is not None and plan.recipe.runtime.work_directory is None:
-        needed += plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
-    return needed
+    return needed + scratch_need(plan) if plan.recipe.runtime.work_directory is None else needed
 
 
 def written_already(partial: Path) -> int:
-    """Bytes on the drive that a stopped run has taken for its shards."""
+    """Bytes on the drive that a stopped run has taken for its shards; what cannot be looked at counts for nothing."""
     found = 0
-    for path in partial.glob("*.safetensors") if partial.is_dir() else ():
-        try:
-            found += path.stat().st_blocks * 512
-        except FileNotFoundError:  # published, or thrown away, meanwhile
-            continue
+    with contextlib.suppress(OSError):
+        for path in partial.glob("*.safetensors") if partial.is_dir() else ():
+            with contextlib.suppress(OSError):  # published, or thrown away, meanwhile
+                found += path.stat().st_blocks * 512
     return found
 
 
@@ -40,17 +42,14 @@ def check_disk(plan: Plan, output: Path, partial: Path) -> None:
         TooLarge: the drive as a whole is smaller.
     """
     needed, have = disk_need(plan), written_already(partial)
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
-    usage = shutil.disk_usage(place)
-    if needed > usage.total:
+    space = drive_space(output.absolute().parent)
+    if needed > space.total:
         raise TooLarge(
-            f"{place}: {size_text(needed)} needed for the result, the whole drive has {size_text(usage.total)}; "
-            "choose another output"
+            f"{space.directory}: {size_text(needed)} needed for the result, the whole drive has "
+            f"{size_text(space.total)}; choose another output"
         )
-    if usage.free + have < needed:
+    if space.free + have < needed:
         raise DiskFull(
-            f"{place}: {size_text(usage.free + have)} free, {size_text(needed)} needed for the result; free "
-            f"{size_text(needed - usage.free - have)}, or choose another output"
+            f"{space.directory}: {size_text(space.free + have)} free, {size_text(needed)} needed for the result; free "
+            f"{size_text(needed - space.free - have)}, or choose another output"
         )

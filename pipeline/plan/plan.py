@@ -22,6 +22,7 @@ from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import Checkpoint, SourceError
 from pipeline.errors import UsageError
+from pipeline.machine.system import default_threads
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import Selection, select
 from pipeline.plan.calibration import CalibrationPlan, Prepare, calibration_warnings, plan_calibration, prepare
@@ -141,7 +142,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     fates = {draft.fate.tensor.name: draft.fate for draft in drafts if draft.fate is not None}
     check_accounts(checkpoint, fates, outputs, pieces, layers)
     _check_ignore(backend, selection, fates, outputs)
-    threads = recipe.runtime.threads or min(8, os.cpu_count() or 1)
+    threads = recipe.runtime.threads or default_threads()
     warnings = list(selection.warnings)
     calibration = None
     if calibrated:

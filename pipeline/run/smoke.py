@@ -23,7 +23,7 @@ from pipeline.checkpoint import hub
 from pipeline.checkpoint.result import places
 from pipeline.checkpoint.source import Checkpoint, Tensor
 from pipeline.errors import DiskFull, Interrupted, PipelineError, UsageError, VerificationFailed, from_os_error
-from pipeline.machine.drives import measure_read, nearest
+from pipeline.machine.drives import drive_space, existing, measure_read
 from pipeline.model.selection import select
 from pipeline.model.truncate import layer_of, layers_to_keep, truncate, truncated_config
 from pipeline.plan.plan import Plan, make_plan
@@ -126,7 +126,7 @@ def _parent(recipe: Recipe, plan: Plan) -> Path:
     """
     wanted = recipe.runtime.work_directory
     # OUTPUT's own parents are the whole run's to make
-    parent = nearest(Path(wanted).expanduser() if wanted else places(recipe.output)[0].parent)
+    parent = existing(Path(wanted).expanduser() if wanted else places(recipe.output)[0].parent)
     root, target = plan.checkpoint.root.resolve(), parent.resolve()
     if target == root or root in target.parents:
         key = "runtime.work_directory" if wanted else "output"
@@ -213,7 +213,7 @@ def _refuse_too_little_room(parent: Path, kept: list[Tensor], plan: Plan) -> Non
     result = sum(plan.outputs[name].nbytes for tensor in kept for name in plan.fates[tensor.name].outputs)
     small = sum((plan.checkpoint.root / name).stat().st_size for name in plan.checkpoint.sidecars)
     needed = sum(tensor.nbytes for tensor in kept) + result + 2 * small + MARGIN  # small files go into both
-    free = shutil.disk_usage(parent).free
+    free = drive_space(parent).free
     if needed > free:
         key = "runtime.work_directory" if plan.recipe.runtime.work_directory else "output"
         raise DiskFull(

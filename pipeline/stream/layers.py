@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import CalibratedBackend, CalibrationError, Ranges
-from pipeline.calibration.placement import import_libraries
+from pipeline.calibration.placement import import_libraries, limit_device
 from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
 from pipeline.checkpoint.source import SourceError
 from pipeline.checkpoint.writer import ShardWriter
@@ -74,6 +74,7 @@ def run_layers(
         return seen
     seen.imports = plan.calibration.imports + import_libraries(plan.backend.name)
     log.write("imports", seconds=round(seen.imports, 3))
+    limit_device(plan.calibration.device)
     begun = time.perf_counter()
     with settings(plan), ShardWriter(journal.partial, plan.shards) as writer:
         _Stream(plan, journal, log, stop, on_progress, totals, seen, writer).run(todo[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pipeline.checkpoint.values import FORMATS
 from pipeline.formats.kv_scales import E4M3_MAX
 from pipeline.formats.methods import FP8, MODELOPT, Method, quantization_section
 from pipeline.journal import Digest, read_identity, read_pieces
+from pipeline.machine.system import default_threads
 from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection, expected_modules, select
 from pipeline.verify.report import Report
@@ -63,7 +63,7 @@ def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | Non
         elif piece.offset - begins[piece.tensor] + piece.nbytes <= tensor.nbytes:
             covered[piece.tensor] += piece.nbytes
             here.append(piece)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing both let others run
+    with ThreadPoolExecutor(default_threads()) as pool:  # reading and hashing both let others run
         for piece, wrong in zip(here, pool.map(differs, here), strict=True):
             if wrong:
                 report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")

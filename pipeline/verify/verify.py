@@ -7,7 +7,6 @@ holds the answers against the source's.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.formats.methods import has_cache_scales, promised_cache
 from pipeline.journal import read_identity
 from pipeline.machine.gpus import free_gpu_memory
 from pipeline.machine.memory import available_memory
+from pipeline.machine.system import default_threads
 from pipeline.serving.profile import cache_bytes_per_token
 from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure, read_back
@@ -145,7 +145,7 @@ def _load(
         jobs.insert(
             0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1], "dtype": dtype}
         )  # the longest job begins first
-    records = session.run(jobs, parallel=min(2, os.cpu_count() or 1), seconds=_patience(result))
+    records = session.run(jobs, parallel=min(2, default_threads()), seconds=_patience(result))
     answer = records.pop(0) if answers else None
     if profile.exists():
         _judge_profile(records.pop(), result, server, report)
