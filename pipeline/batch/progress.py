@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = "quantize/events.jsonl"
-EARLY = 0.02  # of the work: what came before says little of the rate
+EARLY = 0.02  # the share of the work before which the rate says little
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a job.
+    """How far a job is at one moment.
 
     Attributes:
         stage: starting, streaming, layers, verifying or publishing.
-        at: the layer or part it is at.
-        share: of the source's bytes that are through, 0 to 1.
-        rate: of them, bytes a second in this process.
-        left: seconds, by what it did so far; None too early to say.
-        device_bytes: of the GPU, at most so far.
-        rss: bytes, of the host.
+        at: the layer or part that it works on.
+        share: the share of the source's bytes that has been processed, 0 to 1.
+        rate: source bytes per second, in this process.
+        left: seconds left at this rate; None: it is too early to say.
+        device_bytes: the most GPU memory so far.
+        rss: the most host memory so far, in bytes.
     """
 
     stage: str = "starting"
@@ -38,12 +38,12 @@ class Progress:
 
 @dataclass
 class Follower:
-    """Reads on in a job's record; cheap enough for every second.
+    """Reads what is new in a job's events.jsonl; cheap enough for every second.
 
     Attributes:
         output: where the result will be.
-        total: bytes of the source that go through.
-        since: seconds since the epoch: earlier events belong to earlier attempts.
+        total: source bytes that a whole run reads.
+        since: seconds since the epoch; earlier events belong to earlier attempts.
     """
 
     output: Path
@@ -60,7 +60,7 @@ class Follower:
     _rss: int = 0
 
     def now(self) -> Progress:
-        """What its record says by now."""
+        """How far the job is by now."""
         for event in self._read():
             self._take(event)
         done = min(self._pieces + sum(self._layers.values()), self.total)
