@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -146,14 +146,10 @@ def choose_executor(options: Options) -> Executor:
 def command(arguments: Sequence[str], options: Options) -> list[str]:
     """The words of the command line that these arguments and options came from, without ``--dry-run``."""
     words = ["quantize", "batch", *arguments]
-    for name, value in (
-        ("--directory", options.directory), ("--until", options.until), ("--budget", options.budget),
-        ("--jobs", options.jobs), ("--jobs-per-gpu", options.jobs_per_gpu if options.jobs_per_gpu != 1 else None),
-        ("--disk-wait", options.disk_wait if options.disk_wait != "2h" else None), ("--ray", options.ray),
-        ("--on-finish", options.on_finish), ("--on-failure", options.on_failure),
-    ):  # fmt: skip
-        if value is not None:
-            words += [name, str(value)]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name != "dry_run" and value != option.default:
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
     return words
 
 

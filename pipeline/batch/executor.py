@@ -158,11 +158,7 @@ class Local:
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         request = share_gpu(request, self.per_gpu) if gpu else request
-        command = request.write(directory, os.getpid())
-        with (directory / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        process = request.start(directory, environment)
         follower = Follower(plan.output, plan.read_bytes, time.time())
         self._running[request.job] = _Running(process, plan, directory, gpu, follower)
 

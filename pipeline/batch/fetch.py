@@ -5,7 +5,6 @@ python -m pipeline.batch.fetch DIRECTORY/fetch.json
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.batch.planning import JobPlan
-from pipeline.batch.processes import die_with_parent
+from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import PipelineError
 
 ATTEMPTS = 3
@@ -102,24 +101,14 @@ class Fetcher:
 
     def close(self) -> None:
         """End the current download; what has arrived is kept."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        if self._process is not None:
+            end_worker(self._process, seconds=5)
 
     def _begin(self, download: Download, nbytes: int) -> None:
         self._current, self._claim = download, (cache(), nbytes)
-        request = self._directory / "fetch.json"
-        wanted = {"parent": os.getpid(), "source": download.source, "revision": download.revision}
-        request.write_text(json.dumps(wanted))
-        with (self._directory / "fetch.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.batch.fetch", str(request)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+        wanted = {"source": download.source, "revision": download.revision}
+        request, log = self._directory / "fetch.json", self._directory / "fetch.log"
+        self._process = start_worker("pipeline.batch.fetch", request, wanted, log)
 
     def _take(self, status: int) -> None:
         assert self._current is not None
@@ -146,9 +135,8 @@ def main(path: str) -> int:
     """Bring the checkpoint that a request file names into the cache; returns the exit status."""
     from pipeline.checkpoint import hub
 
-    wanted = json.loads(Path(path).read_text(encoding="utf-8"))
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))  # an ordinary exit would wait for its threads
-    die_with_parent(wanted["parent"])
+    wanted = read_request(path)
     try:
         hub.resolve(wanted["source"], wanted["revision"])
     except PipelineError as error:

@@ -13,14 +13,16 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.batch.processes import die_with_parent
+from pipeline.batch.worker import read_request, start_worker
 from pipeline.errors import Busy, OtherRun, PipelineError, from_os_error, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -55,31 +57,29 @@ class JobRequest:
     lock_wait: float = 120.0
     cluster: bool = False
 
-    def write(self, directory: Path, parent: int) -> list[str]:
-        """Write the request into a job's directory, and remove the result of an earlier attempt.
+    def start(self, directory: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start the job's process, which ends with this one; the result of an earlier attempt is removed.
 
         Args:
-            directory: the job's directory; made if absent.
-            parent: the id of the process that will start the job's process; the job does not outlive it.
+            directory: the job's own, made if absent; the process appends what it prints to ``log.txt`` there.
+            environment: None: that of this process.
 
-        Returns:
-            The command that starts the job's process.
+        Raises:
+            OSError: a file cannot be written, or no process can be made.
         """
         directory.mkdir(parents=True, exist_ok=True)
         result_path(directory).unlink(missing_ok=True)
-        data = {"parent": parent, **asdict(self)}
+        data = asdict(self)
         data["forecast"] = data.pop("estimate")  # the file's own word for it
-        path = directory / "asked.json"
-        path.write_text(json.dumps(data), encoding="utf-8")
-        return [sys.executable, "-m", "pipeline.batch.job", str(path)]
+        return start_worker("pipeline.batch.job", directory / "asked.json", data, directory / "log.txt", environment)
 
     @classmethod
-    def read(cls, path: Path) -> tuple[JobRequest, int]:
-        """The request that `write` wrote, and the parent's process id."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        parent, data["estimate"] = data.pop("parent"), data.pop("forecast")
+    def read(cls, path: Path) -> JobRequest:
+        """The request that `start` wrote; called in the job's process."""
+        data = read_request(path)
+        data["estimate"] = data.pop("forecast")
         lists = {key: tuple(data[key]) for key in ("overrides", "restarts")}
-        return cls(**{**data, **lists}), parent
+        return cls(**{**data, **lists})
 
 
 @dataclass
@@ -147,11 +147,9 @@ def main(path: str) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # before and after the run's own handlers
         signal.signal(number, interrupt)
-    request, parent = JobRequest.read(Path(path))
     interrupted = JobResult("interrupted", 75, "stopped; what is finished is kept")
     try:
-        die_with_parent(parent)
-        result = _run(request)
+        result = _run(JobRequest.read(Path(path)))
     except KeyboardInterrupt:
         result = interrupted
     except Exception as error:  # within an import, for instance, KeyboardInterrupt becomes an error of the library's
@@ -172,16 +170,14 @@ def _failed(error: Exception) -> JobResult:
 
 def _write_result(result: JobResult, directory: Path) -> int:
     """Print and write a result; returns the exit status, which alone must do where the drive is full."""
+    from pipeline.checkpoint.writer import write_file
     from pipeline.events import peak_rss_bytes
 
     result.peak_rss = peak_rss_bytes()
     try:
         if result.reason:
             print(result.reason if result.exit_status == 75 else f"error: {result.reason}", flush=True)
-        path = result_path(directory)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
-        temporary.replace(path)
+        write_file(result_path(directory), json.dumps(asdict(result)).encode())
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is in the buffer must not raise again at the end
         return errno.ENOSPC if result.kind == "disk" else result.exit_status or 0

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.batch.job import JobRequest, JobResult
 from pipeline.batch.planning import JobPlan
 from pipeline.batch.processes import oom_kills
 from pipeline.batch.progress import Follower, Progress
+from pipeline.batch.worker import end_worker
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import size_text
 
@@ -48,35 +50,29 @@ class Board:
     """What the tasks report, and whether they should stop; an actor. One that Ray had to restart knows nothing."""
 
     def __init__(self) -> None:
-        self.jobs: dict[str, dict[str, Any]] = {}
+        self.nodes: dict[int, list[dict[str, str]]] = {}
+        self.progress: dict[int, dict[str, Any]] = {}
         self.stopping = False
 
-    def begins(self, job: str, submitted: int, node: dict[str, str]) -> None:
-        """A task of a job runs, for the first time or again, on the node with this ``id`` and ``name``."""
-        known = self.jobs.get(job)
-        if known is None or known["submitted"] != submitted:
-            known = self.jobs[job] = {"submitted": submitted, "nodes": [], "progress": None}
-        known["nodes"].append(node)
+    def begins(self, number: int, node: dict[str, str]) -> None:
+        """The task of an attempt runs, for the first time or again, on the node with this ``id`` and ``name``."""
+        self.nodes.setdefault(number, []).append(node)
 
-    def tell(self, job: str, submitted: int, progress: dict[str, Any]) -> bool:
+    def tell(self, number: int, progress: dict[str, Any]) -> bool:
         """A task reports its `Progress` as a dictionary; returns whether its job should stop."""
-        known = self.jobs.setdefault(job, {"submitted": submitted, "nodes": [], "progress": None})
-        if known["submitted"] == submitted:
-            known["progress"] = progress
+        self.progress[number] = progress
         return self.stopping
 
     def stop(self) -> None:
         """All jobs should stop at the end of their unit."""
         self.stopping = True
 
-    def all(self) -> dict[str, dict[str, Any]]:
-        """What every job has reported."""
-        return self.jobs
+    def all(self) -> tuple[dict[int, list[dict[str, str]]], dict[int, dict[str, Any]]]:
+        """By attempt: the nodes that its task has run on, and its latest progress."""
+        return self.nodes, self.progress
 
 
-def task(
-    request: JobRequest, plan: JobPlan, place: str, mark: str, per_gpu: int, submitted: int, board: Any
-) -> JobResult:
+def task(request: JobRequest, plan: JobPlan, place: str, mark: str, per_gpu: int, number: int, board: Any) -> JobResult:
     """Run a job on whichever node Ray chose: start its process, tell the board, and end with it.
 
     Args:
@@ -85,43 +81,39 @@ def task(
         place: the job's directory on the batch's machine.
         mark: the batch's; a node that reads it two levels above `place` shares the batch's storage.
         per_gpu: how many jobs share a GPU.
-        submitted: the number of this attempt, so that the board does not confuse it with an earlier one.
+        number: the attempt's, unique in this batch.
         board: the actor of `Board`.
     """
     import ray
 
     context = ray.get_runtime_context()
     node = {"id": context.get_node_id(), "name": f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"}
-    ray.get(board.begins.remote(request.job, submitted, node))
+    ray.get(board.begins.remote(number, node))
     directory = Path(place)
     shared = _reads(directory.parents[1] / MARK) == mark
     if not shared:
         directory = Path(tempfile.gettempdir()) / f"fp8-batch-{os.getuid()}" / mark / request.job
     if plan.gpu and ray.get_gpu_ids():
         request = share_gpu(request, per_gpu)
-    command, kills = request.write(directory, os.getpid()), oom_kills()
-    follower = Follower(plan.output, plan.read_bytes, time.time())
-    log_path = directory / "log.txt"
-    before = log_path.stat().st_size if log_path.exists() else 0
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    follower, kills, log = Follower(plan.output, plan.read_bytes, time.time()), oom_kills(), directory / "log.txt"
+    before = log.stat().st_size if log.exists() else 0
+    process = request.start(directory)
     try:
         stopped = False
         while process.poll() is None:
-            if ray.get(board.tell.remote(request.job, submitted, asdict(follower.now()))) and not stopped:
+            if ray.get(board.tell.remote(number, asdict(follower.now()))) and not stopped:
                 process.terminate()  # once: a second signal would cut the unit
                 stopped = True
-            _wait(process, TELL)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(TELL)
     finally:
-        if process.poll() is None:  # cancelled, or the board is lost for good
-            process.terminate()
-            process.wait()
+        end_worker(process)  # if it was cancelled, or the board is lost for good
     result = result_of(process.returncode, directory, oom_kills() > kills)
     add_times(result, plan, follower)
     result.node, result.shared = node["name"], shared
     if not shared:
-        with log_path.open("rb") as file:
-            file.seek(max(before, log_path.stat().st_size - LOG_BYTES))
+        with log.open("rb") as file:
+            file.seek(max(before, log.stat().st_size - LOG_BYTES))
             result.log = file.read().decode("utf-8", errors="replace")
     return result
 
@@ -131,13 +123,6 @@ def _reads(path: Path) -> str | None:
         return path.read_text(encoding="ascii")
     except (OSError, ValueError):
         return None
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 @dataclass
@@ -247,13 +232,15 @@ class RayCluster:
             return []
         refs = [entry.ref for entry in self._submitted.values()]
         ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        reported = self._ray.get(self._board.all.remote()) if ready or self._due() else None
+        if not ready and not self._due():
+            return []
+        seen_on, _ = self._ray.get(self._board.all.remote())
         found = []
         for name, entry in list(self._submitted.items()):
-            nodes = self._seen_on(reported, name, entry)
+            nodes = seen_on.get(entry.number, [])
             if entry.ref in ready:
                 result = self._result(entry)
-            elif reported is not None and self._is_lost(entry, nodes):
+            elif self._is_lost(entry, nodes):
                 self._ray.cancel(entry.ref, force=True)
                 result = JobResult("killed", None, f"its node {nodes[-1]['name']} was lost", nodes[-1]["name"])
             else:
@@ -271,11 +258,6 @@ class RayCluster:
             return False
         self._looked = now
         return True
-
-    @staticmethod
-    def _seen_on(reported: dict[str, Any] | None, name: str, entry: _Submitted) -> list[dict[str, str]]:
-        known = (reported or {}).get(name)
-        return list(known["nodes"]) if known is not None and known["submitted"] == entry.number else []
 
     def _is_lost(self, entry: _Submitted, nodes: list[dict[str, str]]) -> bool:
         """A node that is cut off, not dead, keeps its task's connection open: Ray would wait for it."""
@@ -304,11 +286,11 @@ class RayCluster:
         """See `Executor`."""
         if not self._submitted:
             return {}
-        reported = self._ray.get(self._board.all.remote())
+        _, progress = self._ray.get(self._board.all.remote())
         return {
-            name: Progress(**reported[name]["progress"])
+            name: Progress(**progress[entry.number])
             for name, entry in self._submitted.items()
-            if self._seen_on(reported, name, entry) and reported[name]["progress"] is not None
+            if entry.number in progress
         }
 
     def running(self) -> int:
@@ -318,9 +300,9 @@ class RayCluster:
     def stop(self) -> None:
         """See `Executor`; what Ray has not started is cancelled."""
         self._ray.get(self._board.stop.remote())
-        reported = self._ray.get(self._board.all.remote())
-        for name, entry in self._submitted.items():
-            if not self._seen_on(reported, name, entry):
+        seen_on, _ = self._ray.get(self._board.all.remote())
+        for entry in self._submitted.values():
+            if entry.number not in seen_on:
                 self._ray.cancel(entry.ref)
 
     def close(self) -> None:

@@ -3,14 +3,13 @@
 Plans are made in a process of their own, which imports torch and transformers once for all jobs and releases their
 memory when it ends. A job that crashes this process is refused, and the others are planned in the next one.
 
-    python -m pipeline.batch.planning PLANNING.json PLANNING.jsonl
+    python -m pipeline.batch.planning DIRECTORY/planning.json
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from pydantic import TypeAdapter
 
 from pipeline.batch.job import MACHINE_FIELDS
 from pipeline.batch.manifest import Job
-from pipeline.batch.processes import die_with_parent
+from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
 from pipeline.plan import Prepare, prepare
 from pipeline.recipe import Recipe
@@ -152,9 +151,13 @@ def plan_all(jobs: Sequence[Job], directory: Path, here: bool = True) -> dict[st
     request, answers, log = directory / "planning.json", directory / "planning.jsonl", directory / "planning.log"
     while left:
         rows = [{"name": job.name, "recipe": str(job.recipe), "overrides": job.overrides} for job in left]
-        request.write_text(json.dumps({"parent": os.getpid(), "here": here, "jobs": rows}), encoding="utf-8")
         answers.write_text("", encoding="utf-8")
-        status = _run_planning(request, answers, log)
+        data = {"answers": str(answers), "here": here, "jobs": rows}
+        process = start_worker("pipeline.batch.planning", request, data, log)
+        try:
+            status = process.wait()
+        finally:
+            end_worker(process)
         for line in answers.read_text(encoding="utf-8").splitlines():
             found[left.pop(0).name] = _from_json(line)
         if left:  # the process crashed at the first job that it did not answer for
@@ -164,20 +167,6 @@ def plan_all(jobs: Sequence[Job], directory: Path, here: bool = True) -> dict[st
     for path in (request, answers):
         path.unlink(missing_ok=True)
     return _without_clashes(jobs, found)
-
-
-def _run_planning(request: Path, answers: Path, log: Path) -> int:
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.batch.planning", str(request), str(answers)],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-        )  # fmt: skip
-        try:
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
 
 
 def _without_clashes(jobs: Sequence[Job], found: dict[str, Planned]) -> dict[str, Planned]:
@@ -201,14 +190,13 @@ def _without_clashes(jobs: Sequence[Job], found: dict[str, Planned]) -> dict[str
 # --- in the planning process -------------------------------------------------------------------------
 
 
-def main(request: str, answers: str) -> None:
-    """Answer for each job of the file `request` with a line of JSON in the file `answers`."""
-    wanted = json.loads(Path(request).read_text(encoding="utf-8"))
-    die_with_parent(wanted["parent"])
+def main(path: str) -> None:
+    """Answer for each job of a request file with a line of JSON, in the file that the request names."""
+    request = read_request(path)
     remembered = lru_cache(maxsize=4)(prepare)  # jobs of one source often ask for the same captions
-    with Path(answers).open("a", encoding="utf-8") as out:
-        for row in wanted["jobs"]:
-            planned = _plan(Path(row["recipe"]), row["overrides"], wanted["here"], remembered)
+    with Path(request["answers"]).open("a", encoding="utf-8") as out:
+        for row in request["jobs"]:
+            planned = _plan(Path(row["recipe"]), row["overrides"], request["here"], remembered)
             out.write(_to_json(planned) + "\n")
             out.flush()
 
@@ -340,5 +328,5 @@ def _done(plan: Plan) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
     os._exit(0)  # everything is written; ending torch in order would take a second
