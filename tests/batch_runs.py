@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import recipe as recipes
 from pipeline.batch.planning import JobPlan
 from pipeline.events import read_events
+from pipeline.recipe import recipe as recipes
 from tests.conftest import CALIBRATED, QUANTIZE, RECIPE, ROOT, SCHEMES, make_plain_checkpoint, read_shard, write_shard
 
 BEST = {"plain2", "plain3", "plain4", "plain5", "vl", "moe", "tied", "killed"}

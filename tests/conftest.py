@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipeline.serving import server as servers
-from pipeline.serving.server import Server, Session
+from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.worker import VllmWorker
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -223,9 +223,9 @@ def server() -> Server:
 
 
 @pytest.fixture(scope="session")
-def session(server: Server) -> Iterator[Session]:
+def session(server: Server) -> Iterator[VllmWorker]:
     """One process of vLLM for all tests that verify; its imports take seconds."""
-    with Session(server) as running:
+    with VllmWorker(server) as running:
         yield running
 
 
@@ -284,7 +284,9 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def convert(captions: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run a recipe in this process and return the published directory."""
 
-    from pipeline import recipe, runner
+    from pipeline.run import runner
+
+    from pipeline.recipe import recipe
     from pipeline.report.console import Console
 
     def run(source: Path, backend: str, name: str = "out", more: str = "", samples: int = 20, **values: Any) -> Path:

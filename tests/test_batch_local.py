@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.machine.processes import oom_kills
 
 from pipeline.batch.executor import Local, result_of, share_gpu
 from pipeline.batch.job import JobRequest, JobResult
-from pipeline.batch.processes import oom_kills
 from pipeline.batch.progress import Follower
 from tests.batch_runs import a_plan
 from tests.conftest import RECIPE

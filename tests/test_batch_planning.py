@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe
 from pipeline.batch.estimate import Estimator, rule
 from pipeline.batch.manifest import Job
 from pipeline.batch.planning import JobPlan, Refusal, plan_all
+from pipeline.recipe import recipe
 from tests.batch_runs import a_plan
 from tests.conftest import CALIBRATED, RECIPE, make_plain_checkpoint
 

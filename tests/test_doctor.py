@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.doctor.finding import Finding
+from pipeline.machine.drives import Rate
+from pipeline.machine.system import System
+from pipeline.vllm_env.environment import VARIABLE
 
-from pipeline import doctor, recipe
+from pipeline import doctor
 from pipeline.doctor import drives, libraries
-from pipeline.doctor.system import Finding, System
 from pipeline.errors import UsageError
-from pipeline.serving.server import VARIABLE
+from pipeline.recipe import recipe
 from tests.conftest import CALIBRATED, RECIPE, ROOT, make_plain_checkpoint, write_shard
 
 GIB = 1 << 30
@@ -571,7 +574,7 @@ def test_too_little_room(machine: Machine, make: Any, tmp_path: Path) -> None:
 
 def test_measured_rates_as_sentences(tmp_path: Path) -> None:
     use = drives.Use("output", tmp_path, "output", True, reads=None, needs=10**10)
-    fast, slow = drives.Rate(2 * 10**9, 1.0), drives.Rate(10**8, 1.0)
+    fast, slow = Rate(2 * 10**9, 1.0), Rate(10**8, 1.0)
     says(drives.judge(use, fast, fast), "ok", "writes 2 GB/s (about 5 s for 10 GB), reads 2 GB/s, measured")
     says(
         drives.judge(use, slow, fast), "note", "writes 100 MB/s", "it sets the pace", remedy="a faster drive for output"
@@ -787,7 +790,8 @@ def test_what_the_run_would_refuse(machine: Machine, make: Any, tmp_path: Path) 
 
 
 def test_a_result_that_is_there(machine: Machine, make: Any) -> None:
-    from pipeline import runner
+    from pipeline.run import runner
+
     from pipeline.report.console import Console
 
     wanted = make()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pipeline.recipe.recipe import recipe_yaml
 
 from pipeline.batch.executor import Executor, Local
 from pipeline.batch.job import JobRequest, JobResult
@@ -18,7 +19,6 @@ from pipeline.batch.manifest import Job
 from pipeline.batch.planning import JobPlan, plan_all
 from pipeline.batch.progress import Progress
 from pipeline.events import read_events
-from pipeline.recipe import recipe_yaml
 from tests.conftest import CALIBRATED, RECIPE, make_plain_checkpoint
 
 pytestmark = pytest.mark.night

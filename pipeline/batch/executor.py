@@ -19,11 +19,11 @@ from typing import Protocol
 from pipeline.batch.estimate import measured
 from pipeline.batch.job import JobRequest, JobResult
 from pipeline.batch.planning import JobPlan
-from pipeline.batch.processes import oom_kills, signal_name
 from pipeline.batch.progress import EVENTS, Follower, Progress
-from pipeline.calibration.machine import available_memory
 from pipeline.events import read_events
-from pipeline.plan import written_already
+from pipeline.machine.memory import available_memory
+from pipeline.machine.processes import oom_kills, signal_name
+from pipeline.plan.disk import written_already
 
 MEMORY_SHARE = 0.95  # of the free memory; the rest is for the system and for the batch itself
 OOM_SECONDS = 10.0  # at most, between the kernel's count and the end of the process that it killed
@@ -238,12 +238,13 @@ def share_gpu(request: JobRequest, jobs: int) -> JobRequest:
         request: of a job that runs on a GPU.
         jobs: how many share the GPU.
     """
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
+    from pipeline.units import parse_size
 
     if jobs <= 1 or not (part := gpu_memory() // jobs):
         return request
     own = recipes.parse(request.text, request.job, request.overrides).runtime.device_memory
-    if own is not None and recipes.parse_size(own) <= part:
+    if own is not None and parse_size(own) <= part:
         return request
     return replace(request, overrides=(*request.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
@@ -272,7 +273,7 @@ def _nvidia_smi(field: str) -> list[str]:
 
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
-    from pipeline.calibration.machine import total_memory
+    from pipeline.machine.memory import total_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = f"{len(gpus)} GPU(s)" if gpus else "no GPU"

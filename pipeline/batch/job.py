@@ -26,8 +26,8 @@ from pipeline.batch.worker import read_request, start_worker
 from pipeline.errors import Busy, OtherRun, PipelineError, from_os_error, is_out_of_memory
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
-    from pipeline.serving.structure import Report
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.verify.report import Report
 
 MACHINE_FIELDS = frozenset({"device", "threads"})  # of an identity: they differ between the nodes of a cluster
 BUSY_POLL = 1.0
@@ -171,7 +171,7 @@ def _failed(error: Exception) -> JobResult:
 def _write_result(result: JobResult, directory: Path) -> int:
     """Print and write a result; returns the exit status, which alone must do where the drive is full."""
     from pipeline.checkpoint.writer import write_file
-    from pipeline.events import peak_rss_bytes
+    from pipeline.machine.memory import peak_rss_bytes
 
     result.peak_rss = peak_rss_bytes()
     try:
@@ -185,7 +185,7 @@ def _write_result(result: JobResult, directory: Path) -> int:
 
 
 def _run(request: JobRequest) -> JobResult:
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
 
     if request.until is not None and time.time() + request.estimate > request.until:
         return JobResult("late", 75, "not started: by the estimate it would not end within the window")
@@ -198,8 +198,9 @@ def _run(request: JobRequest) -> JobResult:
 
 def _convert(recipe: Recipe, request: JobRequest, notes: list[str]) -> tuple[Path, Report | None]:
     """The published directory, and the verification's report; no report if it had been published before."""
-    from pipeline import runner
+    from pipeline.checkpoint.result import places
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     console = Console()
     fresh, deadline = False, time.monotonic() + request.lock_wait
@@ -214,7 +215,7 @@ def _convert(recipe: Recipe, request: JobRequest, notes: list[str]) -> tuple[Pat
             machine = MACHINE_FIELDS if request.cluster else frozenset()
             if not error.begun and error.fields <= machine:
                 notes.append(f"it was published with {_names(error.fields)} of another node")
-                return runner.places(recipe)[0], None
+                return places(recipe)[0], None
             if fresh or not error.begun or not error.fields <= machine | set(request.restarts):
                 raise
             fresh = True  # work with other batches, or of a processor that rounds otherwise, cannot be resumed here

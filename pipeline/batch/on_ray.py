@@ -27,11 +27,11 @@ from typing import Any
 from pipeline.batch.executor import add_times, result_of, share_gpu
 from pipeline.batch.job import JobRequest, JobResult
 from pipeline.batch.planning import JobPlan
-from pipeline.batch.processes import oom_kills
 from pipeline.batch.progress import Follower, Progress
 from pipeline.batch.worker import end_worker
 from pipeline.errors import PipelineError, UsageError
-from pipeline.plan import size_text
+from pipeline.machine.processes import oom_kills
+from pipeline.units import size_text
 
 DISK = "nvme_gb"  # the resource by which nodes declare how much of their drive conversions may take
 RETRIES = 5  # nodes that a job may lose in one attempt

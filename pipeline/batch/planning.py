@@ -23,11 +23,11 @@ from pipeline.batch.job import MACHINE_FIELDS
 from pipeline.batch.manifest import Job
 from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
-from pipeline.plan import Prepare, prepare
-from pipeline.recipe import Recipe
+from pipeline.plan.calibration import Prepare, prepare
+from pipeline.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def main(path: str) -> None:
 
 
 def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Planned:
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
 
     output = None
     try:
@@ -217,9 +217,10 @@ def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Pla
 
 
 def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
-    from pipeline import runner
     from pipeline.checkpoint import hub
-    from pipeline.plan import disk_need, make_plan
+    from pipeline.plan.disk import disk_need
+    from pipeline.plan.plan import make_plan
+    from pipeline.verify.verify import find_environment
 
     checkpoint = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
     fits_now = True
@@ -231,7 +232,7 @@ def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
     already = _is_published(plan, here, fits_now)
     if here and fits_now:
         _refuse_too_large(plan)
-    server = runner.find_server(recipe)
+    server = find_environment(recipe)
     calibration = plan.calibration
     hidden = calibration.needs.hidden * (3 if calibration.place == "file" else 2) if calibration else 0
     calibrates_on_gpu = calibration is not None and recipe.runtime.device != "cpu"
@@ -261,7 +262,7 @@ def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
 
 def _is_published(plan: Plan, here: bool, fits_now: bool) -> bool:
     """Whether the result is there; raises what refuses the job for good."""
-    from pipeline import runner
+    from pipeline.run import runner
 
     try:
         return runner.preflight(plan)
@@ -278,8 +279,8 @@ def _is_published(plan: Plan, here: bool, fits_now: bool) -> bool:
 
 
 def _refuse_too_large(plan: Plan) -> None:
-    from pipeline.calibration.machine import total_memory
-    from pipeline.plan import size_text
+    from pipeline.machine.memory import total_memory
+    from pipeline.units import size_text
 
     if plan.peak_memory > (total := total_memory()):
         raise TooLarge(
@@ -314,10 +315,10 @@ def _anywhere(recipe: Recipe, device: str = "auto", hidden_states: str = "auto")
 
 def _done(plan: Plan) -> float:
     """The share of the result that a stopped run of this identity has finished."""
-    from pipeline import runner
+    from pipeline.checkpoint.result import places
     from pipeline.journal import read_identity, read_pieces
 
-    partial = runner.places(plan.recipe)[1]
+    partial = places(plan.recipe)[1]
     if not partial.is_dir() or read_identity(partial) != plan.identity:
         return 0.0
     try:

@@ -22,12 +22,12 @@ from pipeline.batch.hooks import Hooks
 from pipeline.batch.job import JobRequest, JobResult
 from pipeline.batch.ledger import Ledger
 from pipeline.batch.planning import JobPlan, Planned, Refusal, plan_all
-from pipeline.batch.processes import signal_name
 from pipeline.batch.record import JobRecord, Status, count_statuses
 from pipeline.errors import from_os_error
 from pipeline.journal import read_identity
-from pipeline.recipe import recipe_yaml
-from pipeline.report.console import time_text
+from pipeline.machine.processes import signal_name
+from pipeline.recipe.recipe import recipe_yaml
+from pipeline.units import time_text
 
 if TYPE_CHECKING:
     from pipeline.batch.watch import Watch

@@ -23,7 +23,7 @@ from pipeline.batch.record import Attempt, JobRecord
 from pipeline.checkpoint.writer import write_file
 from pipeline.events import read_events
 from pipeline.journal import read_identity
-from pipeline.plan import size_text
+from pipeline.units import size_text
 
 if TYPE_CHECKING:
     from pipeline.batch.queue import Queue

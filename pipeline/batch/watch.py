@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.batch import report
-from pipeline.batch.executor import existing
 from pipeline.batch.ledger import FILE, History, is_running
 from pipeline.batch.planning import JobPlan
 from pipeline.batch.progress import Progress
 from pipeline.batch.record import Attempt, JobRecord
-from pipeline.plan import size_text
-from pipeline.report.console import Console, time_text
+from pipeline.machine.drives import existing
+from pipeline.report.console import Console
+from pipeline.units import size_text, time_text
 
 if TYPE_CHECKING:
     import rich.live

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.processes import die_with_parent
+from pipeline.machine.processes import die_with_parent
 
 
 def start_worker(
