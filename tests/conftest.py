@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from pipeline.vllm_env import environment as servers
 from pipeline.vllm_env.environment import Server
 from pipeline.vllm_env.worker import VllmWorker
@@ -284,10 +285,9 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def convert(captions: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run a recipe in this process and return the published directory."""
 
-    from pipeline.run import runner
-
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     def run(source: Path, backend: str, name: str = "out", more: str = "", samples: int = 20, **values: Any) -> Path:
         path = values.get("captions", captions)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.formats.kv_scales import bf16_up, cache_scale
-from pipeline.plan.plan import make_plan
 
 from pipeline.checkpoint import hub
 from pipeline.errors import PipelineError, UsageError
+from pipeline.formats.kv_scales import bf16_up, cache_scale
+from pipeline.plan.plan import make_plan
 from pipeline.recipe import recipe
 from tests.conftest import (
     CALIBRATED,

@@ -18,13 +18,13 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline.recipe.sections import Calibration
 
 from calib_data.__main__ import main as builder
 from pipeline.calibration import captions as module
 from pipeline.calibration.captions import Caption, CaptionSet, choose, load_captions, normalize
 from pipeline.errors import UsageError
 from pipeline.recipe import recipe
+from pipeline.recipe.recipe import Calibration
 from tests.conftest import ROOT, SHARED
 from tests.test_recipe import GOOD
 

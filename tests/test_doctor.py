@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.doctor.finding import Finding
-from pipeline.machine.drives import Rate
-from pipeline.machine.system import System
-from pipeline.vllm_env.environment import VARIABLE
 
 from pipeline import doctor
 from pipeline.doctor import drives, libraries
+from pipeline.doctor.finding import Finding
 from pipeline.errors import UsageError
+from pipeline.machine.drives import Rate
+from pipeline.machine.system import System
 from pipeline.recipe import recipe
+from pipeline.vllm_env.environment import VARIABLE
 from tests.conftest import CALIBRATED, RECIPE, ROOT, make_plain_checkpoint, write_shard
 
 GIB = 1 << 30
@@ -790,9 +790,8 @@ def test_what_the_run_would_refuse(machine: Machine, make: Any, tmp_path: Path) 
 
 
 def test_a_result_that_is_there(machine: Machine, make: Any) -> None:
-    from pipeline.run import runner
-
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     wanted = make()
     runner.run(wanted, Console())

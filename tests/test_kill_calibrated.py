@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.checkpoint.result import JOURNAL
 
+from pipeline.checkpoint.result import JOURNAL
 from tests.conftest import CALIBRATED, QUANTIZE, SCHEMES, SHARED
 
 pytestmark = pytest.mark.kill

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pipeline.calibration.placement import Device, Needs, choose_place
-from pipeline.machine.memory import available_memory
 
 from pipeline.calibration import placement as machine
+from pipeline.calibration.placement import Device, Needs, choose_place
 from pipeline.errors import PipelineError, UsageError
+from pipeline.machine.memory import available_memory
 
 GB = 10**9
 CPU = Device("cpu", "cpu AVX512", "", 100 * GB)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from pipeline.checkpoint.source import DTYPE_BYTES, open_checkpoint
 from pipeline.errors import UsageError
 from pipeline.model.selection import select
+from pipeline.plan import layout
 from pipeline.plan import plan as plans
 from pipeline.recipe import recipe as recipes
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
@@ -45,8 +46,8 @@ def test_every_output_byte_has_one_place(tmp_path: Path) -> None:
 
 
 def test_units_are_in_order_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "UNIT_BYTES", 40_000)
-    monkeypatch.setattr(plans, "PIECE_BYTES", 5_000)
+    monkeypatch.setattr(layout, "UNIT_BYTES", 40_000)
+    monkeypatch.setattr(layout, "PIECE_BYTES", 5_000)
     made = make(make_plain_checkpoint(tmp_path / "s"))
     units = [piece.unit for piece in made.pieces]
     assert units == sorted(units) and set(units) == set(range(made.units)) and made.units >= 3

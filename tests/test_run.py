@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.checkpoint.result import JOURNAL
-from pipeline.plan.layout import UNIT_BYTES
-from pipeline.recipe.recipe import load
-from pipeline.report.outcome import Outcome
-from pipeline.run import runner
-from pipeline.run.finalize import finalize
 
+from pipeline.checkpoint.result import JOURNAL
 from pipeline.errors import PipelineError, UsageError, VerificationFailed
 from pipeline.journal import Journal
+from pipeline.plan import layout
 from pipeline.plan import plan as plans
+from pipeline.recipe.recipe import load
 from pipeline.report.console import Console
+from pipeline.report.outcome import Outcome
+from pipeline.run import finalize as finalizing
+from pipeline.run import runner
+from pipeline.serving import profile_check
+from pipeline.verify import verify
 from tests.conftest import (
     CALIBRATED,
     QUANTIZE,
@@ -35,8 +37,8 @@ from tests.conftest import (
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units and pieces in a small checkpoint."""
-    monkeypatch.setattr(plans, "UNIT_BYTES", 20_000)
-    monkeypatch.setattr(plans, "PIECE_BYTES", 3_000)
+    monkeypatch.setattr(layout, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(layout, "PIECE_BYTES", 3_000)
 
 
 def run(recipe: Path, *overrides: str, fresh: bool = False) -> Outcome:
@@ -150,7 +152,7 @@ def test_resume_gives_the_same_bytes(
     assert not (tmp_path / "out").exists()
     entries = [json.loads(line) for line in (tmp_path / "out.partial" / JOURNAL).read_text().splitlines()]
     finished = len(entries) - 1
-    assert count <= finished < UNIT_BYTES
+    assert count <= finished < layout.UNIT_BYTES
     stamps = {e["unit"] for e in entries[1:]}
     capsys.readouterr()
     run(recipe)
@@ -163,7 +165,7 @@ def test_resume_gives_the_same_bytes(
         for line in (tmp_path / "out" / "quantize" / "events.jsonl").read_text().splitlines()
         if '"event":"resume"' in line
     )
-    assert 0 < resumed["bytes_rewritten_at_most"] <= UNIT_BYTES
+    assert 0 < resumed["bytes_rewritten_at_most"] <= layout.UNIT_BYTES
     whole, out = weight_files(tmp_path / "whole"), weight_files(tmp_path / "out")
     for name in (
         "quantize/recipe.yaml",
@@ -326,12 +328,11 @@ def test_a_result_that_fails_verification_is_not_published(
     tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The config forgets to ignore the head: the structural check must stop it, and the next run must not pass."""
-    from pipeline.checkpoint import sidecars
 
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
-    write = sidecars.config_with
+    write = finalizing.config_with
     with monkeypatch.context() as patch:
-        patch.setattr(sidecars, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
+        patch.setattr(finalizing, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
         for _ in range(2):
             with pytest.raises(PipelineError, match="lm_head: BF16, but the config does not ignore it"):
                 run(recipe)
@@ -435,15 +436,15 @@ def test_a_directory_that_appears_meanwhile_is_left_alone(
     fresh: bool, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
-    seal = finalize
+    finalize = finalizing.finalize
 
     def appear(*arguments: Any) -> None:
-        seal(*arguments)
+        finalize(*arguments)
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "thesis.txt").write_text("years of work")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_seal", appear)
+        patch.setattr(runner, "finalize", appear)
         with pytest.raises(UsageError, match="no result of this program"):
             run(recipe, fresh=fresh)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
@@ -540,7 +541,7 @@ def test_a_result_that_failed_in_vllm_does_not_pass_by_being_asked_less(
     assert_one_clear_line(done, 1, "it is published, but has failed verify: load; do not serve it")
     assert "its bytes are not those that the run wrote" in done.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "find", lambda *_: None)
+        patch.setattr(verify, "find", lambda *_: None)
         with pytest.raises(VerificationFailed, match="has failed verify: load"):
             run(recipe, "verify=load")
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
@@ -582,13 +583,13 @@ def test_long_work_ends_early_over_a_profile_that_vllm_refuses(
         read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "EARLY", 0)
+        patch.setattr(profile_check, "EARLY", 0)
         patch.setattr(stream, "read_exactly", slow)
         with pytest.raises(UsageError, match=r"serve: vllm.* refuses the profile: unrecognized arguments: --prot 8001"):
             run(recipe, "verify=load", "serve={extra: {prot: 8001}}")
     done = (tmp_path / "out.partial" / JOURNAL).read_text().count('"unit"')
     assert done and not (tmp_path / "out").exists()
-    monkeypatch.setattr(runner, "EARLY", 0)
+    monkeypatch.setattr(profile_check, "EARLY", 0)
     outcome = run(recipe, "verify=load", "serve={extra: {port: 8001}}")
     assert outcome.report is not None and outcome.report.proven_in_vllm
     events = (tmp_path / "out" / "quantize" / "events.jsonl").read_text()

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.model.truncate import layers_to_keep, truncated_config
-from pipeline.plan.plan import make_plan
-from pipeline.run import smoke
-from pipeline.run.estimate import estimate_run, forward_seconds
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import DiskFull
+from pipeline.model.truncate import layers_to_keep, truncated_config
+from pipeline.plan.plan import make_plan
 from pipeline.recipe import recipe
 from pipeline.report.console import Console
+from pipeline.run import smoke
+from pipeline.run.estimate import estimate_run, forward_seconds
+from pipeline.run.smoke import SAMPLES
 from tests.conftest import (
     CALIBRATED,
     QUANTIZE,
@@ -73,7 +74,8 @@ def test_kinds_of_layers(tmp_path: Path) -> None:
         text = (
             f"model: {{source: '{source}'}}\noutput: x\nbackend: llmcompressor\nscheme: fp8_dynamic\nkv_cache: none\n"
         )
-        return layers_to_keep(make_plan(recipe.parse(text), open_checkpoint(source)))
+        made = make_plan(recipe.parse(text), open_checkpoint(source))
+        return layers_to_keep(made.checkpoint, made.selection)
 
     assert kept() == 2
     assert kept(layer_types=["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2) == 6
@@ -200,11 +202,11 @@ def test_what_a_kill_leaves_the_next_one_removes(
 def test_what_fails_verification_is_told_and_kept_where_asked(
     keep: bool, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.checkpoint import sidecars
+    from pipeline.run import finalize
 
     file = write_recipe(make_plain_checkpoint(tmp_path / "from", layers=4))
-    write = sidecars.config_with
-    monkeypatch.setattr(sidecars, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
+    write = finalize.config_with
+    monkeypatch.setattr(finalize, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
     done = smoke.smoke(recipe.load(file), Console(), keep)
     assert not done.report.passed and done.forecast is None
     Console().show_smoke(done)
@@ -374,4 +376,4 @@ def test_small_layers_run_more_captions(small_model: Callable[[str], Path], capt
     assert samples() == 40  # all there are
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smoke, "LARGE_LAYER", plan.layers[0].nbytes // 2)
-        assert samples() == smoke.SAMPLES
+        assert samples() == SAMPLES

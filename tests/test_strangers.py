@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.verify.structure import check_structure
-from pipeline.vllm_env.worker import VllmWorker
 
 from pipeline.checkpoint.source import open_checkpoint
-from pipeline.serving.verify import verify
+from pipeline.verify.structure import check_structure
+from pipeline.verify.verify import verify
+from pipeline.vllm_env.worker import VllmWorker
 from tests.test_verify import drop, edit_config, rewrite, section
 from tests.test_verify_cache import both, put
 

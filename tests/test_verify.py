@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.verify.structure import check_structure
 
 from pipeline.checkpoint.source import open_checkpoint
+from pipeline.verify.structure import check_structure
 from tests.conftest import make_plain_checkpoint, read_shard, write_shard
 
 SHARD = "model.safetensors"
@@ -23,10 +23,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source and its result."""
-    from pipeline.run import runner
-
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     root = tmp_path_factory.mktemp("pair")
     vision = {"visual.blocks.0.qkv.weight": (24, 8), "visual.blocks.0.norm.weight": (8,)}

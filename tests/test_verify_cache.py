@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.verify.structure import check_structure, read_back
 
 from pipeline.checkpoint.source import INDEX, open_checkpoint
+from pipeline.verify.structure import check_structure, read_back
 from tests.conftest import CALIBRATED, SCHEMES, SENTENCES
 from tests.test_verify import SHARD, drop, flip_a_bit, rename, rewrite, section
 
@@ -23,10 +23,9 @@ L0, L1 = "model.layers.0.self_attn", "model.layers.1.self_attn"
 @pytest.fixture(scope="module")
 def pairs(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """A source, and what both backends make of it, in one shard."""
-    from pipeline.run import runner
-
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     root = tmp_path_factory.mktemp("pairs")
     (root / "c.txt").write_text("\n".join(SENTENCES))

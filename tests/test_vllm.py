@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.checkpoint.source import SourceError, open_checkpoint
 from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure
 from pipeline.verify.verify import _load_job, verify
@@ -22,8 +24,6 @@ from pipeline.verify.vllm_verdict import judge_load
 from pipeline.vllm_env import environment as servers
 from pipeline.vllm_env.environment import Server
 from pipeline.vllm_env.worker import VllmWorker
-
-from pipeline.checkpoint.source import SourceError, open_checkpoint
 from tests.conftest import QUANTIZE, SCHEMES, SHARED
 from tests.test_verify import drop, edit_config, rename, reshape, rewrite, section
 from tests.test_verify_cache import all_of, both, put
@@ -53,10 +53,9 @@ def demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def convert(source: Path, output: Path, backend: str, more: str = "", captions: str = "embedded") -> Path:
-    from pipeline.run import runner
-
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     text = (
         f"model: {{source: '{source}'}}\noutput: '{output}'\nbackend: {backend}\nscheme: {SCHEMES[backend]}\n"

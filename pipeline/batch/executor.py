@@ -249,28 +249,6 @@ def share_gpu(request: JobRequest, jobs: int) -> JobRequest:
     return replace(request, overrides=(*request.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, without importing torch."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [word.strip() for word in named.split(",") if word.strip() and word.strip() != "-1"]
-    return [line for line in _nvidia_smi("index") if line.isdigit()]
-
-
-def gpu_memory() -> int:
-    """Bytes of the smallest GPU's memory; 0 where there is none."""
-    found = [int(line) for line in _nvidia_smi("memory.total") if line.isdigit()]  # MiB
-    return min(found, default=0) << 20
-
-
-def _nvidia_smi(field: str) -> list[str]:
-    try:
-        asked = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines()] if not done.returncode else []
-
-
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
     from pipeline.machine.memory import total_memory

@@ -17,6 +17,7 @@ from pathlib import Path
 from pipeline.batch.planning import JobPlan
 from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import PipelineError
+from pipeline.machine.processes import die_with_parent
 
 ATTEMPTS = 3
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.batch.worker import read_request, start_worker
 from pipeline.errors import Busy, OtherRun, PipelineError, from_os_error, is_out_of_memory
+from pipeline.machine.processes import die_with_parent
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
