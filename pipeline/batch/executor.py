@@ -1,11 +1,10 @@
-"""Where jobs run: one small interface, and its first implementation, the processes of this machine."""
+"""Where jobs run: a small interface, and its first implementation, the processes of this machine."""
 
 from __future__ import annotations
 
 import errno
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,52 +15,67 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.batch.forecast import measured
-from pipeline.batch.job import Asked, Ending, ask, ending_path
-from pipeline.batch.planning import Facts
+from pipeline.batch.estimate import measured
+from pipeline.batch.job import JobRequest, JobResult
+from pipeline.batch.planning import JobPlan
 from pipeline.batch.progress import EVENTS, Follower, Progress
 from pipeline.events import read_events
-from pipeline.machine.drives import device_of, existing
+from pipeline.machine.drives import device_of, drive_space
 from pipeline.machine.gpus import gpu_memory
-from pipeline.machine.memory import available_memory
+from pipeline.machine.memory import available_memory, total_memory
 from pipeline.machine.processes import oom_kills, signal_name
+from pipeline.machine.system import System, processors
 from pipeline.plan.disk import written_already
 
-MEMORY_SHARE = 0.95  # of what is free: the rest is for the system and for the batch itself
-OOM_SECONDS = 10.0  # between the kernel's count and the end of the process that it killed
+MEMORY_SHARE = 0.95  # of the free memory; the rest is for the system and for the batch itself
+OOM_SECONDS = 10.0  # at most, between the kernel's count and the end of the process that it killed
 DISK_RESERVE = 256 << 20  # bytes that stay free on every drive
 
 
 class Executor(Protocol):
-    """Runs jobs, each in a process of its own, and says how they end. It retries nothing by its own judgement."""
+    """Runs jobs, each in a process of its own, and reports how they end. It never retries a job on its own account.
+
+    Attributes:
+        name: for the user.
+        here: jobs run on this machine, so its drives and memory decide what may start.
+    """
 
     name: str
-    here: bool  # jobs run on this machine: its drives and memory decide what may start
+    here: bool
 
     @property
     def gpu(self) -> bool:
         """Whether jobs that want a GPU find one."""
 
-    def refuses(self, facts: Facts) -> str | None:
+    def refuses(self, plan: JobPlan) -> str | None:
         """Why a job can never run here; None: it can."""
 
-    def wants(self, facts: Facts) -> str | None:
+    def waits_for(self, plan: JobPlan) -> str | None:
         """What a job would have to wait for: ``slot``, ``memory`` or ``disk``; None: it may start now."""
 
-    def start(self, asked: Asked, facts: Facts, place: Path) -> None:
-        """Start a job that `wants` has nothing against; its log is ``place/log.txt``."""
+    def start(self, request: JobRequest, plan: JobPlan, directory: Path) -> None:
+        """Start a job for which `waits_for` returned None.
 
-    def ended(self) -> list[tuple[str, Ending]]:
-        """The jobs that have ended since the last call. Does not wait."""
+        Args:
+            request: what its process is asked to do.
+            plan: what it needs.
+            directory: its own; its log is ``log.txt`` there.
+
+        Raises:
+            OSError: no process can be made, or the directory cannot be written to.
+        """
+
+    def ended(self) -> list[tuple[str, JobResult]]:
+        """The names and results of the jobs that have ended since the last call. Does not wait."""
 
     def progress(self) -> dict[str, Progress]:
-        """How far the running jobs are, by name; those that only wait for a place are not among them."""
+        """How far the running jobs are, by name; without those that only wait for a node."""
 
     def running(self) -> int:
-        """How many have been started and have not ended."""
+        """How many jobs have been started and have not ended."""
 
     def stop(self) -> None:
-        """Ask all jobs to stop at their unit's end; each is asked once, since a second signal would cut the unit."""
+        """Ask all jobs to stop at the end of their unit; each is asked once, since a second signal would cut it."""
 
     def close(self) -> None:
         """End what is left, at once."""
@@ -70,8 +84,8 @@ class Executor(Protocol):
 @dataclass
 class _Running:
     process: subprocess.Popen[bytes]
-    facts: Facts
-    place: Path
+    plan: JobPlan
+    directory: Path
     gpu: str | None
     follower: Follower
     stopped: bool = False
@@ -82,9 +96,9 @@ class Local:
     """The processes of this machine.
 
     Attributes:
-        gpus: what CUDA_VISIBLE_DEVICES would call them.
-        per_gpu: jobs at once on each; they share its memory evenly.
-        others: jobs at once that need no GPU, or find none.
+        gpus: the GPUs, as CUDA_VISIBLE_DEVICES names them.
+        per_gpu: how many jobs run at once on each GPU; they share its memory evenly.
+        others: how many jobs run at once that need no GPU, or find none.
         downloading: where a download goes, and the bytes that are missing.
     """
 
@@ -103,71 +117,54 @@ class Local:
         """See `Executor`."""
         return bool(self.gpus)
 
-    def refuses(self, facts: Facts) -> str | None:
-        """See `Executor`; plans that are made here have been held against this machine already."""
+    def refuses(self, plan: JobPlan) -> str | None:
+        """See `Executor`; a plan that is made on this machine has been compared with it already."""
         return None
 
-    def wants(self, facts: Facts) -> str | None:
+    def waits_for(self, plan: JobPlan) -> str | None:
         """See `Executor`."""
-        if self._slot(facts) is None:
+        if self._slot(plan) is None:
             return "slot"
         running = self._running.values()
-        if not running:
-            return None if self._room(facts, ()) else "disk"
-        if not self._room(facts, [entry.facts for entry in running]):
+        if not self._fits(plan, [entry.plan for entry in running]):
             return "disk"
-        promised = sum(max(0, entry.facts.peak_memory - entry.follower.now().rss) for entry in running)
-        if facts.peak_memory + promised > available_memory() * MEMORY_SHARE:
+        promised = sum(max(0, entry.plan.peak_memory - entry.follower.now().rss) for entry in running)
+        if running and plan.peak_memory + promised > available_memory() * MEMORY_SHARE:
             return "memory"
         return None
 
-    def _slot(self, facts: Facts) -> str | None:
-        """The GPU that a job would get, "" for none; None: all places are taken."""
+    def _slot(self, plan: JobPlan) -> str | None:
+        """The GPU that a job would get, "" for none; None: all slots are taken."""
         taken = [entry.gpu for entry in self._running.values()]
-        if facts.gpu and self.gpus:
+        if plan.gpu and self.gpus:
             free = [gpu for gpu in self.gpus if taken.count(gpu) < self.per_gpu]
             return min(free, key=taken.count) if free else None
         return "" if taken.count("") < self.others else None
 
-    def _room(self, facts: Facts, others: Iterable[Facts]) -> bool:
+    def _fits(self, plan: JobPlan, others: Iterable[JobPlan]) -> bool:
         """Whether each drive holds this job beside what running ones, and a download, have yet to write there."""
-        promised: Counter[int] = Counter()
-        for path, nbytes in [claim for other in others for claim in _claims(other)]:
-            promised[device_of(path)] += nbytes
+        promised = [claim for other in others for claim in _claims(other)]
         if self.downloading is not None:
-            promised[device_of(self.downloading[0])] += self.downloading[1]
-        own: Counter[int] = Counter()
-        for path, nbytes in _claims(facts):
-            own[device_of(path)] += nbytes
-        return all(
-            own[device_of(path)] + promised[device_of(path)] + DISK_RESERVE <= shutil.disk_usage(existing(path)).free
-            for path, _ in _claims(facts)
-        )
+            promised.append(self.downloading)
+        return _fit(_claims(plan), promised)
 
-    def has_room(self, place: Path, nbytes: int) -> bool:
-        """Whether a download of so many bytes fits beside what running jobs have yet to write to its drive."""
-        drive = device_of(place)
-        claims = [claim for entry in self._running.values() for claim in _claims(entry.facts)]
-        promised = sum(size for path, size in claims if device_of(path) == drive)
-        return nbytes + promised + DISK_RESERVE <= shutil.disk_usage(existing(place)).free
+    def has_room(self, directory: Path, nbytes: int) -> bool:
+        """Whether a download of `nbytes` fits beside what running jobs have yet to write to the directory's drive."""
+        return _fit([(directory, nbytes)], [claim for entry in self._running.values() for claim in _claims(entry.plan)])
 
-    def start(self, asked: Asked, facts: Facts, place: Path) -> None:
+    def start(self, request: JobRequest, plan: JobPlan, directory: Path) -> None:
         """See `Executor`."""
-        gpu = self._slot(facts)
+        gpu = self._slot(plan)
         assert gpu is not None
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        asked = share_gpu(asked, self.per_gpu) if gpu else asked
-        command = ask(asked, place, os.getpid())
-        with (place / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        follower = Follower(Path(facts.output), facts.read_bytes + facts.layer_bytes, time.time())
-        self._running[asked.job] = _Running(process, facts, place, gpu, follower)
+        request = share_gpu(request, self.per_gpu) if gpu else request
+        process = request.start(directory, environment)
+        follower = Follower(plan.output, plan.read_bytes, time.time())
+        self._running[request.job] = _Running(process, plan, directory, gpu, follower)
 
-    def ended(self) -> list[tuple[str, Ending]]:
+    def ended(self) -> list[tuple[str, JobResult]]:
         """See `Executor`."""
         found = []
         if (kills := oom_kills()) > self._kills:
@@ -176,11 +173,11 @@ class Local:
             if (status := entry.process.poll()) is None:
                 continue
             del self._running[name]
-            ending = how_ended(status, entry.place, time.monotonic() - self._killed_at < OOM_SECONDS)
-            if ending.kind == "out of memory":
-                self._killed_at = -math.inf  # it is accounted for
-            timed(ending, entry.facts, entry.follower)
-            found.append((name, ending))
+            result = result_of(status, entry.directory, time.monotonic() - self._killed_at < OOM_SECONDS)
+            if result.kind == "out of memory":
+                self._killed_at = -math.inf  # this kill is accounted for
+            add_times(result, entry.plan, entry.follower)
+            found.append((name, result))
         return found
 
     def progress(self) -> dict[str, Progress]:
@@ -207,59 +204,70 @@ class Local:
         self._running.clear()
 
 
-def how_ended(status: int, place: Path, out_of_memory: bool) -> Ending:
-    """The ending of a job's process: its own word, or what its return code tells.
+def result_of(status: int, directory: Path, out_of_memory: bool) -> JobResult:
+    """The result that a job's process wrote, or what its return code tells.
 
     Args:
         status: the return code; negative for a signal.
-        place: the job's directory.
-        out_of_memory: the kernel has ended a process for want of memory meanwhile.
+        directory: the job's own.
+        out_of_memory: the kernel has killed a process because memory ran out meanwhile.
     """
-    if (ending := Ending.read(ending_path(place))) is not None:
-        return ending
+    if (result := JobResult.read(directory)) is not None:
+        return result
     if status == -signal.SIGKILL and out_of_memory:
-        return Ending("out of memory", status, "the kernel ended it for want of memory (SIGKILL)")
+        return JobResult("out of memory", status, "the kernel ended it for want of memory (SIGKILL)")
     if status == errno.ENOSPC:
-        return Ending("disk", status, "the disk is full, and so is the one of its log; free some space")
+        return JobResult("disk", status, "the disk is full, and so is the one of its log; free some space")
     if status < 0:
-        return Ending("killed", status, f"its process was ended by {signal_name(status)}")
-    return Ending("crashed", status, f"its process ended with status {status} and without a word")
+        return JobResult("killed", status, f"its process was ended by {signal_name(status)}")
+    return JobResult("crashed", status, f"its process ended with status {status} and without a word")
 
 
-def timed(ending: Ending, facts: Facts, follower: Follower) -> None:
-    """Put a run's times into its ending, on the machine that it ran on, just after its end."""
-    ending.began, ending.share = follower.since, follower.now().share
-    if ending.kind == "done" and not ending.already:
+def add_times(result: JobResult, plan: JobPlan, follower: Follower) -> None:
+    """Put a run's times into its result; called on the machine that it ran on, just after its end."""
+    result.began, result.share = follower.since, follower.now().share
+    if result.kind == "done" and not result.already:
         try:
-            ending.parts = measured(read_events(Path(facts.output) / EVENTS), follower.since, time.time())
+            result.parts = measured(read_events(plan.output / EVENTS), follower.since, time.time())
         except (OSError, KeyError):
-            ending.parts = None
+            result.parts = None
 
 
-def share_gpu(asked: Asked, jobs: int) -> Asked:
-    """A job that shares its GPU with others takes its part of the memory, or the recipe's own limit if that is less."""
+def share_gpu(request: JobRequest, jobs: int) -> JobRequest:
+    """Limit a job to its part of a GPU's memory, unless its recipe has a lower limit of its own.
+
+    Args:
+        request: of a job that runs on a GPU.
+        jobs: how many share the GPU.
+    """
     from pipeline.recipe import recipe as recipes
     from pipeline.units import parse_size
 
     if jobs <= 1 or not (part := gpu_memory() // jobs):
-        return asked
-    own = recipes.parse(asked.text, asked.job, asked.overrides).runtime.device_memory
+        return request
+    own = recipes.parse(request.text, request.job, request.overrides).runtime.device_memory
     if own is not None and parse_size(own) <= part:
-        return asked
-    return replace(asked, overrides=(*asked.overrides, f"runtime.device_memory={part // 10**6}MB"))
+        return request
+    return replace(request, overrides=(*request.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
 
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
-    from pipeline.machine.memory import total_memory
-    from pipeline.machine.system import System, processors
-
     cores = processors(System.here()).allowed
     kind = f"{len(gpus)} GPU(s)" if gpus else "no GPU"
     return f"{socket.gethostname()}: {cores} cores, {total_memory() / 2**30:.0f} GiB, {kind}"
 
 
-def _claims(facts: Facts) -> list[tuple[Path, int]]:
+def _claims(plan: JobPlan) -> list[tuple[Path, int]]:
     """Where a job has yet to write, and how many bytes."""
-    found = [(Path(facts.output), max(0, facts.disk - written_already(facts.partial)))]
-    return [*found, (Path(facts.work), facts.scratch)] if facts.work is not None else found
+    found = [(plan.output, max(0, plan.disk - written_already(plan.partial)))]
+    work = plan.recipe.runtime.work_directory
+    return found if work is None else [*found, (Path(work), plan.scratch)]
+
+
+def _fit(wanted: list[tuple[Path, int]], promised: list[tuple[Path, int]]) -> bool:
+    """Whether each drive holds the bytes that are wanted on it beside those that are promised to others."""
+    needed: Counter[int] = Counter()
+    for path, nbytes in [*wanted, *promised]:
+        needed[device_of(path)] += nbytes
+    return all(needed[device_of(path)] + DISK_RESERVE <= drive_space(path).free for path, _ in wanted)

@@ -1,39 +1,43 @@
-"""Downloads of hub checkpoints, one at a time, while other jobs run; one a source, however many jobs need it.
+"""Downloads of hub checkpoints, one at a time, while other jobs run; one per source, however many jobs need it.
 
-python -m pipeline.batch.fetch ASKED.json
+python -m pipeline.batch.fetch DIRECTORY/fetch.json
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-from pipeline.batch.planning import Facts
+from pipeline.batch.planning import JobPlan
+from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import PipelineError
-from pipeline.machine.processes import die_with_parent
 
 ATTEMPTS = 3
-PAUSE = 30.0  # seconds between two attempts; what has arrived is kept
 
 
 @dataclass
-class State:
-    """Of one source's download.
+class Download:
+    """The state of one source's download.
 
     Attributes:
+        source: a hub id.
+        revision: its commit.
         done: it is in the cache.
-        error: why it never will be, in this night.
-        kind: the class of that failure.
+        error: why it will not arrive in this run of the batch; None: it may.
+        kind: the failure class of `error`.
+        attempts: how many have failed or succeeded.
+        not_before: the time, by the monotonic clock, before which it is not tried again.
+        short_since: since when the cache has had too little space for it, by the monotonic clock.
     """
 
+    source: str
+    revision: str | None
     done: bool = False
     error: str | None = None
     kind: str = "source"
@@ -42,89 +46,82 @@ class State:
     short_since: float | None = None
 
 
-@dataclass
 class Fetcher:
-    """One download at a time, in the order in which jobs will want their sources."""
+    """One download at a time, in the order in which jobs will want their sources.
 
-    directory: Path
-    has_room: Callable[[Path, int], bool]
-    pause: float = PAUSE
-    _states: dict[tuple[str, str | None], State] = field(default_factory=dict)
-    _process: subprocess.Popen[bytes] | None = None
-    _at: tuple[str, str | None] | None = None
-    _claim: tuple[Path, int] | None = None
+    Attributes:
+        pause: seconds between two attempts; what has arrived is kept.
+    """
 
-    def __enter__(self) -> Fetcher:
-        return self
+    pause = 30.0
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._downloads: dict[tuple[str, str | None], Download] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._current: Download | None = None
+        self._claim: tuple[Path, int] | None = None
 
-    def state(self, facts: Facts) -> State:
-        """Of a job's source."""
-        return self._states.setdefault((facts.source, facts.revision), State())
+    def download(self, plan: JobPlan) -> Download:
+        """The download of a job's source."""
+        key = (plan.source, plan.revision)
+        return self._downloads.setdefault(key, Download(*key))
 
-    def wants(self, waiting: Sequence[Facts], disk_wait: float) -> None:
-        """Go on with the downloads. Does not wait.
+    def go_on(self, waiting: Sequence[JobPlan], has_room: Callable[[Path, int], bool], disk_wait: float) -> None:
+        """Take what ended, and start the next download if none runs. Does not wait.
 
         Args:
-            waiting: jobs in their order.
+            waiting: the plans of the jobs that may start, in their order.
+            has_room: whether a directory's drive has room for so many bytes.
             disk_wait: seconds that a download waits for space in the cache.
         """
         if self._process is not None:
             if self._process.poll() is None:
                 return
             self._take(self._process.returncode)
-        for facts in waiting:
-            state = self.state(facts)
-            if not facts.to_fetch or state.done or state.error is not None or time.monotonic() < state.not_before:
+        for plan in waiting:
+            download = self.download(plan)
+            settled = not plan.to_fetch or download.done or download.error is not None
+            if settled or time.monotonic() < download.not_before:
                 continue
-            if not self.has_room(cache(), facts.to_fetch):
-                state.short_since = state.short_since or time.monotonic()
-                if time.monotonic() - state.short_since >= disk_wait:
-                    state.kind = "disk"
-                    state.error = (
-                        f"{cache()}: too little space for the download of {facts.source}, {facts.to_fetch / 1e9:.2f} GB"
-                    )
-                continue
-            state.short_since = None
-            self._begin(facts)
-            return
+            if has_room(cache(), plan.to_fetch):
+                download.short_since = None
+                self._begin(download, plan.to_fetch)
+                return
+            download.short_since = download.short_since or time.monotonic()
+            if time.monotonic() - download.short_since >= disk_wait:
+                download.kind = "disk"
+                size = f"{plan.to_fetch / 1e9:.2f} GB"
+                download.error = f"{cache()}: too little space for the download of {plan.source}, {size}"
 
+    @property
     def claim(self) -> tuple[Path, int] | None:
-        """Where a download goes, and how many bytes it will have there; None while there is none."""
+        """Where the current download goes, and how many bytes it will have there; None while there is none."""
         return self._claim if self._process is not None else None
 
-    def _begin(self, facts: Facts) -> None:
-        self._at, self._claim = (facts.source, facts.revision), (cache(), facts.to_fetch)
-        asked = self.directory / "fetch.json"
-        asked.write_text(json.dumps({"parent": os.getpid(), "source": facts.source, "revision": facts.revision}))
-        with (self.directory / "fetch.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.batch.fetch", str(asked)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+    def close(self) -> None:
+        """End the current download; what has arrived is kept."""
+        if self._process is not None:
+            end_worker(self._process, seconds=5)
+
+    def _begin(self, download: Download, nbytes: int) -> None:
+        self._current, self._claim = download, (cache(), nbytes)
+        wanted = {"source": download.source, "revision": download.revision}
+        request, log = self._directory / "fetch.json", self._directory / "fetch.log"
+        self._process = start_worker("pipeline.batch.fetch", request, wanted, log)
 
     def _take(self, status: int) -> None:
-        assert self._at is not None
-        state = self._states[self._at]
-        state.attempts += 1
+        assert self._current is not None
+        download = self._current
+        download.attempts += 1
         self._process = None
         if status == 0:
-            state.done = True
+            download.done = True
             return
-        lines = (self.directory / "fetch.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if state.attempts >= ATTEMPTS:
-            state.error = lines[-1].removeprefix("error: ") if lines else f"the download ended with status {status}"
-        state.not_before = time.monotonic() + self.pause
+        lines = (self._directory / "fetch.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if download.attempts >= ATTEMPTS:
+            download.error = lines[-1].removeprefix("error: ") if lines else f"the download ended with status {status}"
+        download.not_before = time.monotonic() + self.pause
 
 
 def cache() -> Path:
@@ -135,14 +132,13 @@ def cache() -> Path:
 
 
 def main(path: str) -> int:
-    """Bring a checkpoint into the cache."""
+    """Bring the checkpoint that a request file names into the cache; returns the exit status."""
     from pipeline.checkpoint import hub
 
-    asked = json.loads(Path(path).read_text(encoding="utf-8"))
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))  # its threads would be waited for else
-    die_with_parent(asked["parent"])
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))  # an ordinary exit would wait for its threads
+    wanted = read_request(path)
     try:
-        hub.resolve(asked["source"], asked["revision"])
+        hub.resolve(wanted["source"], wanted["revision"])
     except PipelineError as error:
         print(f"error: {error}", flush=True)
         return error.exit_status

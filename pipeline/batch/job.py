@@ -1,9 +1,9 @@
-"""A job of a batch in a process of its own: what it is asked, and how it says how it ended.
+"""One job of a batch in a process of its own: the request that it reads and the result that it writes.
 
-    python -m pipeline.batch.job ASKED.json
+    python -m pipeline.batch.job DIRECTORY/asked.json
 
-What it says goes to standard output, a log that its batch keeps. How it ended is written to the file that it was told,
-as an `Ending`; a process that ends without was killed, and nothing is lost but the unit it was at.
+Standard output is a log that the batch keeps. The process writes its `JobResult` to DIRECTORY/ending.json. A process
+that ends without writing one was killed, and nothing is lost but the unit that it was working on.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipeline.batch.worker import read_request, start_worker
 from pipeline.errors import Busy, OtherRun, PipelineError, from_os_error, is_out_of_memory
-from pipeline.machine.processes import die_with_parent
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
@@ -32,18 +34,18 @@ BUSY_POLL = 1.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a job's process does.
+class JobRequest:
+    """What a job's process is asked to do.
 
     Attributes:
         job: its name in the batch.
         text: the recipe, as `recipe_yaml` wrote it.
-        overrides: on top, e.g. those of a retry.
-        restarts: fields of an identity; what another run began that differs in these alone is thrown away.
-        until: seconds since the epoch after which it stops at its unit's end; None: no limit.
-        forecast: seconds that it is thought to take; it does not start if they end after `until`.
-        lock_wait: seconds to wait for another process on the same output, as one that a lost batch left behind.
-        cluster: other nodes, with other processors, may have begun it, or published it.
+        overrides: ``KEY=VALUE`` on top of the recipe, for example those of a retry.
+        restarts: fields of a run's identity; unfinished work that differs in these fields alone is discarded.
+        until: seconds since the epoch at which the window ends; None: no window.
+        estimate: seconds that the job is expected to take; it does not start if it would end after `until`.
+        lock_wait: seconds to wait for another process on the same output, such as one that a lost batch left behind.
+        cluster: other nodes, with other processors, may have begun or published the job.
     """
 
     job: str
@@ -51,31 +53,56 @@ class Asked:
     overrides: tuple[str, ...] = ()
     restarts: tuple[str, ...] = ()
     until: float | None = None
-    forecast: float = 0.0
+    estimate: float = 0.0
     lock_wait: float = 120.0
     cluster: bool = False
 
+    def start(self, directory: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start the job's process, which ends with this one; the result of an earlier attempt is removed.
+
+        Args:
+            directory: the job's own, made if absent; the process appends what it prints to ``log.txt`` there.
+            environment: None: that of this process.
+
+        Raises:
+            OSError: a file cannot be written, or no process can be made.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        result_path(directory).unlink(missing_ok=True)
+        data = asdict(self)
+        data["forecast"] = data.pop("estimate")  # the file's own word for it
+        return start_worker("pipeline.batch.job", directory / "asked.json", data, directory / "log.txt", environment)
+
+    @classmethod
+    def read(cls, path: Path) -> JobRequest:
+        """The request that `start` wrote; called in the job's process."""
+        data = read_request(path)
+        data["estimate"] = data.pop("forecast")
+        lists = {key: tuple(data[key]) for key in ("overrides", "restarts")}
+        return cls(**{**data, **lists})
+
 
 @dataclass
-class Ending:
+class JobResult:
     """How a job's process ended.
 
     Attributes:
-        kind: ``done``, ``late`` (not started: the window was too short by then), ``crashed``, ``killed``, or the class
-            of what was raised (see `pipeline.errors`).
+        kind: ``done``, ``late`` (not started, because the rest of the window was too short), ``crashed``, ``killed``,
+            ``stopped`` (interrupted together with its batch), or the failure class of what was raised (see
+            `pipeline.errors`).
         exit_status: of the process; negative for a signal.
-        reason: for the user.
+        reason: a text for the user.
         node: the machine.
-        notes: what it did beyond what was asked.
-        already: it was published before.
+        notes: what it did beyond what was request.
+        already: it had been published before.
         peak_rss: bytes, of this process.
-        verdict: of the verification.
-        quality: figures about the result, by name.
-        log: of a machine whose files the batch cannot read, what the job said.
-        began: when its process started, seconds since the epoch.
-        parts: seconds of each part of a whole run; see `forecast.measured`.
-        share: of the source's bytes that were through by then.
-        shared: the batch can read the files of the machine that it ran on.
+        verdict: the verification's report.
+        quality: measured quality of the result, by name.
+        log: the job's output, from a machine whose files the batch cannot read.
+        began: when its process started, in seconds since the epoch.
+        parts: seconds of each part of a whole run; see `estimate.measured`.
+        share: the share of the source's bytes that had been processed, 0 to 1.
+        shared: the batch can read the files of the machine that the job ran on.
     """
 
     kind: str
@@ -94,39 +121,24 @@ class Ending:
     shared: bool = True
 
     @classmethod
-    def read(cls, path: Path) -> Ending | None:
-        """What a process wrote; None if it did not come to that."""
+    def read(cls, directory: Path) -> JobResult | None:
+        """The result that a process wrote into its job's directory; None if it ended before that."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**json.loads(result_path(directory).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
 
-def ask(asked: Asked, place: Path, parent: int) -> list[str]:
-    """Write down what a job is asked; returns the command of its process.
-
-    Args:
-        asked: what.
-        place: the job's directory.
-        parent: the process that will start it.
-    """
-    place.mkdir(parents=True, exist_ok=True)
-    ending_path(place).unlink(missing_ok=True)
-    path = place / "asked.json"
-    path.write_text(json.dumps({"parent": parent, **asdict(asked)}), encoding="utf-8")
-    return [sys.executable, "-m", "pipeline.batch.job", str(path)]
-
-
-def ending_path(place: Path) -> Path:
-    """Where a job's process says how it ended."""
-    return place / "ending.json"
+def result_path(directory: Path) -> Path:
+    """Where a job's process writes its result."""
+    return directory / "ending.json"
 
 
 # --- in the job's process ----------------------------------------------------------------------------
 
 
 def main(path: str) -> int:
-    """Run a job and write its ending; returns the exit status."""
+    """Run the job of a request file and write its result beside it; returns the exit status."""
     signals: list[int] = []
 
     def interrupt(number: int, frame: Any) -> NoReturn:
@@ -135,72 +147,63 @@ def main(path: str) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # before and after the run's own handlers
         signal.signal(number, interrupt)
-    place = Path(path).parent
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
-    parent = data.pop("parent")
-    lists = {key: tuple(data[key]) for key in ("overrides", "restarts")}
+    interrupted = JobResult("interrupted", 75, "stopped; what is finished is kept")
     try:
-        die_with_parent(parent)
-        ending = _run(Asked(**{**data, **lists}))
+        result = _run(JobRequest.read(Path(path)))
     except KeyboardInterrupt:
-        ending = Ending("interrupted", 75, "stopped; what is finished is kept")
-    except Exception as error:
-        ending = _failed(error)
-        if signals:  # within an import, for instance, KeyboardInterrupt becomes an error of the library's
-            ending = Ending("interrupted", 75, "stopped; what is finished is kept")
-    return _tell(ending, place)
+        result = interrupted
+    except Exception as error:  # within an import, for instance, KeyboardInterrupt becomes an error of the library's
+        result = interrupted if signals else _failed(error)
+    return _write_result(result, Path(path).parent)
 
 
-def _failed(error: Exception) -> Ending:
-    if isinstance(error, PipelineError):
-        return Ending(error.kind, error.exit_status, str(error))
+def _failed(error: Exception) -> JobResult:
     if isinstance(error, OSError):
-        failed = from_os_error(error, "this job")
-        return Ending(failed.kind, failed.exit_status, str(failed))
-    traceback.print_exc()  # a bug, or a fault of a device: the log has the whole of it
+        error = from_os_error(error, "this job")
+    if isinstance(error, PipelineError):
+        return JobResult(error.kind, error.exit_status, str(error))
+    traceback.print_exc()  # a bug, or a fault of a device: the log has all of it
     lines = str(error).strip().splitlines() or [""]
     kind = "out of memory" if is_out_of_memory(error) else "crashed"
-    return Ending(kind, 1, f"{type(error).__name__}: {lines[0][:300]}")
+    return JobResult(kind, 1, f"{type(error).__name__}: {lines[0][:300]}")
 
 
-def _tell(ending: Ending, place: Path) -> int:
-    """Say and write how it ended; returns the exit status, which alone must do where the drive is full."""
+def _write_result(result: JobResult, directory: Path) -> int:
+    """Print and write a result; returns the exit status, which alone must do where the drive is full."""
+    from pipeline.checkpoint.writer import write_file
     from pipeline.machine.memory import peak_rss_bytes
 
-    ending.peak_rss = peak_rss_bytes()
+    result.peak_rss = peak_rss_bytes()
     try:
-        if ending.reason:
-            print(ending.reason if ending.exit_status == 75 else f"error: {ending.reason}", flush=True)
-        path = ending_path(place)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(ending)), encoding="utf-8")
-        temporary.replace(path)
+        if result.reason:
+            print(result.reason if result.exit_status == 75 else f"error: {result.reason}", flush=True)
+        write_file(result_path(directory), json.dumps(asdict(result)).encode())
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is in the buffer shall not raise again at the end
-        return errno.ENOSPC if ending.kind == "disk" else ending.exit_status or 0
-    return ending.exit_status or 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is in the buffer must not raise again at the end
+        return errno.ENOSPC if result.kind == "disk" else result.exit_status or 0
+    return result.exit_status or 0
 
 
-def _run(asked: Asked) -> Ending:
+def _run(request: JobRequest) -> JobResult:
     from pipeline.recipe import recipe as recipes
 
-    if asked.until is not None and time.time() + asked.forecast > asked.until:
-        return Ending("late", 75, "not started: by the forecast it would not end within the window")
-    recipe = recipes.parse(asked.text, f"{asked.job}.yaml", asked.overrides)
+    if request.until is not None and time.time() + request.estimate > request.until:
+        return JobResult("late", 75, "not started: by the estimate it would not end within the window")
+    recipe = recipes.parse(request.text, f"{request.job}.yaml", request.overrides)
     notes: list[str] = []
-    output, report = _convert(recipe, asked, notes)
-    verdict = report.as_json() if report is not None else _verdict_before(output)
-    return Ending("done", 0, notes=notes, already=report is None, verdict=verdict, quality=_quality(verdict))
+    output, report = _convert(recipe, request, notes)
+    verdict = report.as_json() if report is not None else _earlier_verdict(output)
+    return JobResult("done", 0, notes=notes, already=report is None, verdict=verdict, quality=_quality(verdict))
 
 
-def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Report | None]:
-    """The published directory, and the verification's report; None if it was published before."""
+def _convert(recipe: Recipe, request: JobRequest, notes: list[str]) -> tuple[Path, Report | None]:
+    """The published directory, and the verification's report; no report if it had been published before."""
     from pipeline.checkpoint.result import places
     from pipeline.report.console import Console
     from pipeline.run import runner
 
     console = Console()
-    fresh, deadline = False, time.monotonic() + asked.lock_wait
+    fresh, deadline = False, time.monotonic() + request.lock_wait
     while True:
         try:
             outcome = runner.run(recipe, console, fresh)
@@ -209,13 +212,13 @@ def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Repo
                 raise
             time.sleep(BUSY_POLL)
         except OtherRun as error:
-            machine = MACHINE_FIELDS if asked.cluster else frozenset()
+            machine = MACHINE_FIELDS if request.cluster else frozenset()
             if not error.begun and error.fields <= machine:
                 notes.append(f"it was published with {_names(error.fields)} of another node")
                 return places(recipe.output)[0], None
-            if fresh or not error.begun or not error.fields <= machine | set(asked.restarts):
+            if fresh or not error.begun or not error.fields <= machine | set(request.restarts):
                 raise
-            fresh = True  # what was begun with other batches, or where a processor rounds otherwise, cannot go on here
+            fresh = True  # work with other batches, or of a processor that rounds otherwise, cannot be resumed here
             notes.append(f"started over: what was begun differs in {_names(error.fields)}")
         else:
             console.show_outcome(outcome)
@@ -226,7 +229,7 @@ def _names(fields: frozenset[str]) -> str:
     return " and ".join(sorted(fields))
 
 
-def _verdict_before(output: Path) -> dict[str, Any] | None:
+def _earlier_verdict(output: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads((output / "quantize" / "verify.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -235,7 +238,7 @@ def _verdict_before(output: Path) -> dict[str, Any] | None:
 
 
 def _quality(verdict: dict[str, Any] | None) -> dict[str, float]:
-    """Figures that the verification came by: perplexity over the source's, where the engine ran."""
+    """Quality that the verification measured: perplexity over that of the source, where the engine ran."""
     found = ((verdict or {}).get("vllm") or {}).get("generated") or {}
     return {f"perplexity ratio, KV {kv}": float(figures["perplexity_ratio"]) for kv, figures in found.items()}
 

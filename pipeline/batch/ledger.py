@@ -1,102 +1,122 @@
-"""What a batch remembers: DIRECTORY/batch.jsonl, one line an event, appended and flushed; and its lock.
+"""What a batch remembers: DIRECTORY/batch.jsonl, one line per event, appended and flushed; and its lock.
 
-Folding the lines gives the state of every job, so a batch that is killed goes on with the same command. Until a batch
-has ended, a result that failed verification stays failed, unless its recipe was mended; the next night every job that
-is not published has a new chance.
+Every change of a job's record is an event. Applying the events one after the other gives the state of every job, so a
+batch that was killed goes on with the same command. Until a batch has ended, a result that failed verification stays
+failed unless its recipe is changed; in the next run every job that is not published gets a new chance.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.batch.job import Ending
+from pipeline.batch.job import JobResult
 from pipeline.batch.manifest import Job
+from pipeline.batch.record import Attempt, JobRecord, Status
 from pipeline.errors import PipelineError
 
 FILE = "batch.jsonl"
-KEPT = ("published", "failed", "refused")  # of a night that goes on, until it is planned again
-Status = Literal["waiting", "running", "published", "failed", "refused", "left"]
+KEPT = ("published", "failed", "refused")  # statuses that stay while an interrupted run goes on, until it is planned
 
 
 @dataclass
-class Attempt:
-    """One process of a job.
+class History:
+    """What a ledger's events add up to.
 
     Attributes:
-        began: seconds since the epoch.
-        forecast: seconds that it was thought to take.
-        informed: the forecast knew a finished job of this machine.
-        changed: overrides of a retry.
-        ended: seconds since the epoch; None while it runs, or if its batch was killed.
-        ending: how.
+        records: by job.
+        began: when the current or the latest run began, in seconds since the epoch.
+        ended: when it ended; None: it goes on, or was killed.
+        batch: the latest ``batch`` event: what was asked for, and where it runs.
     """
 
-    began: float
-    forecast: float
-    informed: bool
-    changed: tuple[str, ...]
+    records: dict[str, JobRecord] = field(default_factory=dict)
+    began: float | None = None
     ended: float | None = None
-    ending: Ending | None = None
+    batch: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> History:
+        """Read a ledger's file; lines that a kill cut short are skipped, and a file that is absent is empty."""
+        history = cls()
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return history
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            history.apply(entry)
+        return history
+
+    def apply(self, entry: dict[str, Any]) -> None:
+        """Take one event in."""
+        event = entry["event"]
+        if event == "batch":
+            if self.began is None or self.ended is not None:
+                self.began = entry["time"]
+                for record in self.records.values():
+                    record.begin_run()
+            self.ended, self.batch = None, entry
+            for name in entry.get("jobs", ()):
+                self._record(name)
+        elif event == "ended":
+            self.ended = entry["time"]
+        elif "job" in entry:
+            _apply_to(self._record(entry["job"]), entry)
+
+    def _record(self, name: str) -> JobRecord:
+        return self.records.setdefault(name, JobRecord(Job(name, Path(), ())))
 
 
-@dataclass
-class Record:
-    """What is remembered of a job.
-
-    Attributes:
-        job: what the command line named.
-        status: of this night.
-        kind: the class of a failure.
-        reason: of a failure, or of being left.
-        notes: what happened to it, for the report.
-        attempts: of this night and earlier ones.
-        changed: overrides that it is retried with; they stay.
-        tonight: where the attempts of this night begin.
-        text: the digest of its recipe and overrides when it failed for good.
-    """
-
-    job: Job
-    status: Status = "waiting"
-    kind: str | None = None
-    reason: str | None = None
-    notes: list[str] = field(default_factory=list)
-    attempts: list[Attempt] = field(default_factory=list)
-    changed: tuple[str, ...] = ()
-    tonight: int = 0
-    text: str = ""
-
-    def count(self, *kinds: str | None) -> int:
-        """How many attempts of this night ended so; None: with their batch, without an ending."""
-        return sum((a.ending.kind if a.ending else None) in kinds for a in self.attempts[self.tonight :])
-
-    @property
-    def whole(self) -> bool:
-        """Whether the last attempt did all of the work: the times of a resumed one say little."""
-        last = self.attempts[-1].ending if self.attempts else None
-        return last is not None and last.parts is not None
+def _apply_to(record: JobRecord, entry: dict[str, Any]) -> None:
+    """Take in an event of one job."""
+    match entry["event"]:
+        case "start":
+            record.status = "running"
+            changed = tuple(entry["changed"])
+            record.attempts.append(Attempt(entry["began"], entry["forecast"], entry["informed"], changed))
+        case "end":
+            attempt, result = record.attempts[-1], JobResult(**entry["ending"])
+            attempt.ended, attempt.result = entry["ended"], result
+            attempt.began = result.began or attempt.began
+        case "status":
+            record.status, record.kind, record.reason = entry["status"], entry["kind"], entry["reason"]
+            record.changed, record.digest = tuple(entry["changed"]), entry["text"]
+    if (note := entry.get("note")) is not None:
+        record.notes.append(note)
 
 
 class Ledger:
-    """The memory of one batch, locked for as long as it is open."""
+    """The memory of one batch, locked for as long as it is open.
 
-    def __init__(self, directory: Path, file: int) -> None:
+    Attributes:
+        directory: the batch's.
+        records: of the jobs that this run was asked for, by name and in their order.
+    """
+
+    def __init__(self, directory: Path, file: int, history: History) -> None:
         self.directory = directory
-        self.records: dict[str, Record] = {}
-        self.began: float | None = None
-        self._file = file
+        self._file, self._history = file, history
         self._unwritten = b""
 
     @classmethod
     def open(cls, directory: Path, jobs: Sequence[Job]) -> Ledger:
         """Lock a batch's directory, making it if need be, and read what happened.
+
+        Args:
+            directory: the batch's.
+            jobs: what this run is asked for.
 
         Raises:
             PipelineError: another process runs this batch, or the directory is something else.
@@ -112,37 +132,73 @@ class Ledger:
             raise PipelineError(
                 f"{directory}: this batch is running already; quantize batch --status {directory} shows it"
             ) from None
-        ledger = cls(directory, file)
-        ledger._end_last_line()
-        ledger._read(jobs)
-        return ledger
+        _end_last_line(file)
+        history = History.read(directory / FILE)
+        over = history.ended is not None
+        history.records = {job.name: _taken_up(history.records.get(job.name), job, over) for job in jobs}
+        if over:
+            history.began = None
+        return cls(directory, file, history)
 
-    def _end_last_line(self) -> None:
-        """A kill may have torn the last line; what follows must not be glued to it."""
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+    @property
+    def records(self) -> dict[str, JobRecord]:
+        """See the class's attributes."""
+        return self._history.records
 
-    def _read(self, jobs: Sequence[Job]) -> None:
-        night = fold(self.directory / FILE)
-        over = night.ended is not None
-        for job in jobs:
-            record = night.records.get(job.name) or Record(job)
-            record.job = job
-            if over:
-                record.tonight, record.notes = len(record.attempts), []
-            if (text := job_text(job)) != record.text and record.text:  # a mended recipe is another job
-                record.status, record.kind, record.reason, record.changed = "waiting", None, None, ()
-            if record.status not in KEPT or (over and record.status != "published"):
-                record.status, record.kind, record.reason = "waiting", None, None
-            record.text = text
-            self.records[job.name] = record
-        self.began = None if over else night.began
+    @property
+    def began(self) -> float | None:
+        """When this run began, in seconds since the epoch; None before `begin`, unless it goes on with an earlier."""
+        return self._history.began
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append one event; where the drive is full it waits in memory for the next one."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, separators=(",", ":"))
-        self._unwritten += line.encode() + b"\n"
+    def begin(self, **fields: Any) -> None:
+        """Record that a process takes the batch up, for the first time or again; `fields` describe it."""
+        self._write("batch", again=self.began is not None, jobs=list(self.records), **fields)
+        for record in self.records.values():
+            if record.current and record.current[-1].ended is None and record.status == "waiting":
+                self.note(record, "its batch was killed while it ran")
+
+    def start(self, record: JobRecord, estimate: float, informed: bool) -> None:
+        """Record that an attempt starts; see `Attempt` for the arguments."""
+        fields = {"began": time.time(), "forecast": estimate, "informed": informed, "changed": record.changed}
+        self._write("start", job=record.name, **fields)
+
+    def end(self, record: JobRecord, result: JobResult) -> None:
+        """Record how the attempt under way has ended."""
+        self._write("end", job=record.name, ended=time.time(), ending=asdict(result))
+        for note in result.notes:
+            self.note(record, note)
+
+    def settle(
+        self,
+        record: JobRecord,
+        status: Status,
+        kind: str | None = None,
+        reason: str | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Record what becomes of a job, with its overrides; see `JobRecord` for the arguments."""
+        self._write(
+            "status", job=record.name, status=status, kind=kind, reason=reason, note=note, changed=record.changed,
+            text=record.digest,
+        )  # fmt: skip
+
+    def note(self, record: JobRecord, text: str) -> None:
+        """Record something that the report shall say of a job."""
+        self._write("note", job=record.name, note=text)
+
+    def finish(self, exit_status: int) -> None:
+        """Record that this run is over: nothing waits, or its window has ended."""
+        self._write("ended", exit_status=exit_status)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._file)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        """Apply an event and append it; where the drive is full it waits in memory for the next one."""
+        entry = {"time": round(time.time(), 3), "event": event, **fields}
+        self._history.apply(entry)
+        self._unwritten += json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
@@ -151,129 +207,32 @@ class Ledger:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
 
-    def note(self, name: str, text: str) -> None:
-        """Something that the report shall say of a job."""
-        self.records[name].notes.append(text)
-        self.write("note", job=name, note=text)
 
-    def begin(self, **fields: Any) -> None:
-        """A process takes the batch up, for the first time or again."""
-        again = self.began is not None
-        self.began = self.began or time.time()
-        self.write("batch", again=again, jobs=list(self.records), **fields)
-        for name, record in self.records.items():
-            last = record.attempts[-1:] if len(record.attempts) > record.tonight else []
-            if last and last[0].ended is None and record.status == "waiting":
-                self.note(name, "its batch was killed while it ran")
-
-    def start(self, name: str, attempt: Attempt) -> None:
-        """An attempt starts."""
-        record = self.records[name]
-        record.attempts.append(attempt)
-        record.status = "running"
-        fields = asdict(attempt)
-        self.write("start", job=name, **{key: fields[key] for key in ("began", "forecast", "informed", "changed")})
-
-    def end(self, name: str, ending: Ending) -> None:
-        """The attempt under way has ended."""
-        attempt = self.records[name].attempts[-1]
-        attempt.ended, attempt.ending = time.time(), ending
-        attempt.began = ending.began or attempt.began
-        self.write("end", job=name, ended=attempt.ended, ending=asdict(ending))
-
-    def settle(
-        self, name: str, status: Status, kind: str | None = None, reason: str | None = None, note: str | None = None
-    ) -> None:
-        """What becomes of a job."""
-        record = self.records[name]
-        record.status, record.kind, record.reason = status, kind, reason
-        if note is not None:
-            record.notes.append(note)
-        self.write(
-            "status", job=name, status=status, kind=kind, reason=reason, note=note, changed=record.changed,
-            text=record.text,
-        )  # fmt: skip
-
-    def finish(self, exit_status: int) -> None:
-        """The night is over: nothing waits, or its window is."""
-        self.write("ended", exit_status=exit_status)
-
-    def close(self) -> None:
-        """Give up the lock."""
-        os.close(self._file)
+def _end_last_line(file: int) -> None:
+    """A kill may have cut the last line short; what follows must not be glued to it."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")
 
 
-@dataclass
-class Night:
-    """What a ledger's file says.
-
-    Attributes:
-        records: by job.
-        began: when the night did that is under way, or was last.
-        ended: when; None: it goes on, or was killed.
-        batch: the last ``batch`` event: what was asked, where it runs.
-    """
-
-    records: dict[str, Record] = field(default_factory=dict)
-    began: float | None = None
-    ended: float | None = None
-    batch: dict[str, Any] = field(default_factory=dict)
-
-
-def fold(path: Path) -> Night:
-    """Read a ledger; lines that a kill tore are passed over."""
-    night = Night()
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return night
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        event = entry["event"]
-        if event == "batch":
-            if night.began is None or night.ended is not None:
-                night.began = entry["time"]
-                for record in night.records.values():
-                    record.tonight, record.notes = len(record.attempts), []
-            night.ended, night.batch = None, entry
-            for name in entry.get("jobs", ()):
-                night.records.setdefault(name, Record(Job(name, Path(), ())))
-        elif event == "ended":
-            night.ended = entry["time"]
-        elif "job" in entry:
-            name = entry["job"]
-            record = night.records.setdefault(name, Record(Job(name, Path(), ())))
-            _take(record, entry)
-    return night
+def _taken_up(record: JobRecord | None, job: Job, over: bool) -> JobRecord:
+    """A job's record at the start of a process; `over`: the run that it remembers has ended."""
+    record = record or JobRecord(job)
+    record.job = job
+    if over:
+        record.begin_run()
+    if (digest := recipe_digest(job)) != record.digest and record.digest:  # a changed recipe is another job
+        record.status, record.changed = "waiting", ()
+    if record.status not in KEPT or (over and record.status != "published"):
+        record.status = "waiting"
+    if record.status == "waiting":
+        record.kind, record.reason = None, None
+    record.digest = digest
+    return record
 
 
-def _take(record: Record, entry: dict[str, Any]) -> None:
-    match entry["event"]:
-        case "start":
-            record.status = "running"
-            record.attempts.append(
-                Attempt(entry["began"], entry["forecast"], entry["informed"], tuple(entry["changed"]))
-            )
-        case "end":
-            record.attempts[-1].ended = entry["ended"]
-            record.attempts[-1].ending = ending = Ending(**entry["ending"])
-            record.attempts[-1].began = ending.began or record.attempts[-1].began
-        case "status":
-            record.status, record.kind, record.reason = entry["status"], entry["kind"], entry["reason"]
-            record.changed, record.text = tuple(entry["changed"]), entry["text"]
-            if entry["note"] is not None:
-                record.notes.append(entry["note"])
-        case "note":
-            record.notes.append(entry["note"])
-
-
-def job_text(job: Job) -> str:
-    """What a job's recipe says by now, as a digest: a recipe that was mended is another job."""
-    import hashlib
-
+def recipe_digest(job: Job) -> str:
+    """A digest of a job's recipe and overrides as they are now; it changes when the recipe is edited."""
     digest = hashlib.sha256("\n".join(job.overrides).encode())
     try:
         digest.update(job.recipe.read_bytes())
@@ -283,7 +242,7 @@ def job_text(job: Job) -> str:
 
 
 def is_running(directory: Path) -> bool:
-    """Whether a process holds a batch's lock now."""
+    """Whether a process holds the lock of the batch in `directory` now."""
     try:
         file = os.open(directory / FILE, os.O_RDONLY)
     except FileNotFoundError:

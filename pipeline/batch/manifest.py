@@ -34,11 +34,11 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion of a batch.
+    """A conversion that a batch is asked for.
 
     Attributes:
-        name: unique in the batch, and a directory's name.
-        recipe: its file.
+        name: unique in the batch, and a valid name for a directory.
+        recipe: the recipe's file.
         overrides: ``KEY=VALUE``, those of the command line last.
     """
 
@@ -75,46 +75,44 @@ def collect(arguments: Sequence[str]) -> tuple[str, list[Job]]:
     """The jobs that a command line names, in its order.
 
     Args:
-        arguments: recipes, manifests and directories, and ``KEY=VALUE`` for all of them.
+        arguments: recipes, manifests and directories, and ``KEY=VALUE`` for every job.
 
     Returns:
         A name for the batch, and its jobs.
 
     Raises:
-        UsageError: something that is named does not exist, or a manifest is wrong. A recipe that is wrong is not looked
-            at here: it costs its own job only.
+        UsageError: something that is named does not exist, or a manifest is wrong. Recipes are not validated here: a
+            wrong one costs its own job only.
     """
     overrides = [word for word in arguments if OVERRIDE.match(word) and not Path(word).exists()]
-    places = [Path(word) for word in arguments if word not in overrides]
-    if not places:
+    paths = [Path(word) for word in arguments if word not in overrides]
+    if not paths:
         raise UsageError("batch: name recipes, a directory of recipes, or a manifest")
-    found: list[tuple[str, Path, tuple[str, ...]]] = []
-    for place in places:
-        found += _of(place)
-    if not found:
-        raise UsageError(f"{places[0]}: there is no recipe here (*.yaml)")
     seen: Counter[str] = Counter()
     jobs = []
-    for name, recipe, own in found:
-        seen[name] += 1
-        unique = name if seen[name] == 1 else f"{name}~{seen[name]}"
-        jobs.append(Job(unique, recipe, (*own, *overrides)))
-    named = places[0].resolve()
-    more = f"-and-{len(places) - 1}-more" if len(places) > 1 else ""
+    for job in (job for path in paths for job in _jobs_of(path)):
+        seen[job.name] += 1
+        unique = job.name if seen[job.name] == 1 else f"{job.name}~{seen[job.name]}"
+        jobs.append(Job(unique, job.recipe, (*job.overrides, *overrides)))
+    if not jobs:
+        raise UsageError(f"{paths[0]}: there is no recipe here (*.yaml)")
+    named = paths[0].resolve()
+    more = f"-and-{len(paths) - 1}-more" if len(paths) > 1 else ""
     return _word(named.name if named.is_dir() else named.stem) + more, jobs
 
 
-def _of(place: Path) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-    if place.is_dir():
-        for path in sorted(place.iterdir()):
-            if path.suffix in SUFFIXES and not _is_manifest(path):
-                yield _word(path.stem), path, ()
-    elif _is_manifest(place):
-        yield from _expand(place)
+def _jobs_of(path: Path) -> Iterator[Job]:
+    """The jobs of a recipe, a directory of recipes or a manifest."""
+    if path.is_dir():
+        for recipe in sorted(path.iterdir()):
+            if recipe.suffix in SUFFIXES and not _is_manifest(recipe):
+                yield Job(_word(recipe.stem), recipe, ())
+    elif _is_manifest(path):
+        yield from _expand(path)
+    elif path.exists():
+        yield Job(_word(path.stem), path, ())
     else:
-        if not place.exists():
-            raise UsageError(f"{place}: no such recipe, manifest or directory")
-        yield _word(place.stem), place, ()
+        raise UsageError(f"{path}: no such recipe, manifest or directory")
 
 
 def _is_manifest(path: Path) -> bool:
@@ -125,13 +123,14 @@ def _is_manifest(path: Path) -> bool:
     return "model" not in data and bool({"jobs", "matrix"} & data.keys())
 
 
-def _expand(path: Path) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+def _expand(path: Path) -> Iterator[Job]:
+    """The jobs of a manifest."""
     document = compose(read(path), str(path), "manifest")
     manifest = _validate(document, str(path))
     common = _overrides(manifest.set)
     for entry in manifest.jobs:
         recipe = _recipe(path, entry.recipe)
-        yield entry.name or _word(recipe.stem), recipe, (*common, *_overrides(entry.set))
+        yield Job(entry.name or _word(recipe.stem), recipe, (*common, *_overrides(entry.set)))
     if (matrix := manifest.matrix) is None:
         return
     for source in matrix.sources:
@@ -140,7 +139,7 @@ def _expand(path: Path) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
             last = _word(source.rstrip("/").rpartition("/")[2])
             output = matrix.output.replace("{source}", last).replace("{recipe}", recipe.stem)
             own = {**matrix.set, "model.source": source, "output": output}
-            yield f"{last}-{_word(recipe.stem)}", recipe, (*common, *_overrides(own))
+            yield Job(f"{last}-{_word(recipe.stem)}", recipe, (*common, *_overrides(own)))
 
 
 def _validate(document: Document, file: str) -> _Manifest:
@@ -186,5 +185,5 @@ def _overrides(values: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
 
 
 def _word(text: str) -> str:
-    """A name that a directory can have."""
+    """A text as a valid name for a directory."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("._") or "job"

@@ -1,9 +1,9 @@
 """Jobs as tasks of a Ray cluster: Ray places them by their CPUs, GPU, memory and disk, and runs them again elsewhere
 when a node is lost.
 
-A task starts the same process as the local executor does, and tells a board (an actor on the batch's own node) how far
-it is. What a lost node had begun goes on from the journal where its output is on shared storage, and starts over where
-it was on the node's own drive.
+A task starts the same process as the local executor does, and reports its progress to a board (an actor on the batch's
+own node). What a lost node had begun goes on from the journal where its output is on shared storage, and starts over
+where it was on the node's own drive.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.executor import how_ended, share_gpu, timed
-from pipeline.batch.job import Asked, Ending, ask
-from pipeline.batch.planning import Facts
+from pipeline.batch.executor import add_times, result_of, share_gpu
+from pipeline.batch.job import JobRequest, JobResult
+from pipeline.batch.planning import JobPlan
 from pipeline.batch.progress import Follower, Progress
+from pipeline.batch.worker import end_worker
 from pipeline.errors import PipelineError, UsageError
 from pipeline.machine.processes import oom_kills
 from pipeline.units import size_text
 
-DISK = "nvme_gb"  # the resource in which nodes say how much of their drive conversions may take
+DISK = "nvme_gb"  # the resource by which nodes declare how much of their drive conversions may take
 RETRIES = 5  # nodes that a job may lose in one attempt
-TELL = 1.0  # seconds between two words to the board
+TELL = 1.0  # seconds between two reports to the board
 LOST = 15.0  # seconds after which a node that the cluster has given up takes its job with it
-LOG_BYTES = 256 << 10  # of a log that are brought home from a node without shared storage
+LOG_BYTES = 256 << 10  # at most, of the log of a node without shared storage that the batch gets
 MARK = "mark"
 SETTINGS = {  # of Ray, for this driver
     "RAY_task_oom_retries": "0",  # what its memory monitor ends comes back to the queue; Ray would retry it for ever
@@ -45,73 +47,75 @@ SETTINGS = {  # of Ray, for this driver
 
 
 class Board:
-    """What the tasks say, and whether they shall stop; an actor. One that Ray had to start anew knows nothing."""
+    """What the tasks report, and whether they should stop; an actor. One that Ray had to restart knows nothing."""
 
     def __init__(self) -> None:
-        self.jobs: dict[str, dict[str, Any]] = {}
+        self.nodes: dict[int, list[dict[str, str]]] = {}
+        self.progress: dict[int, dict[str, Any]] = {}
         self.stopping = False
 
-    def begins(self, job: str, submitted: int, node: dict[str, str]) -> None:
-        """A task runs, for the first time or again."""
-        known = self.jobs.get(job)
-        if known is None or known["submitted"] != submitted:
-            known = self.jobs[job] = {"submitted": submitted, "nodes": [], "progress": None}
-        known["nodes"].append(node)
+    def begins(self, number: int, node: dict[str, str]) -> None:
+        """The task of an attempt runs, for the first time or again, on the node with this ``id`` and ``name``."""
+        self.nodes.setdefault(number, []).append(node)
 
-    def tell(self, job: str, submitted: int, progress: dict[str, Any]) -> bool:
-        """How far a job is; returns whether it shall stop."""
-        known = self.jobs.setdefault(job, {"submitted": submitted, "nodes": [], "progress": None})
-        if known["submitted"] == submitted:
-            known["progress"] = progress
+    def tell(self, number: int, progress: dict[str, Any]) -> bool:
+        """A task reports its `Progress` as a dictionary; returns whether its job should stop."""
+        self.progress[number] = progress
         return self.stopping
 
     def stop(self) -> None:
-        """All jobs shall stop at their unit's end."""
+        """All jobs should stop at the end of their unit."""
         self.stopping = True
 
-    def all(self) -> dict[str, dict[str, Any]]:
-        """What every job has said."""
-        return self.jobs
+    def all(self) -> tuple[dict[int, list[dict[str, str]]], dict[int, dict[str, Any]]]:
+        """By attempt: the nodes that its task has run on, and its latest progress."""
+        return self.nodes, self.progress
 
 
-def task(asked: Asked, facts: Facts, place: str, mark: str, per_gpu: int, submitted: int, board: Any) -> Ending:
-    """A job on whichever node Ray chose: start its process, tell the board, end with it."""
+def task(request: JobRequest, plan: JobPlan, place: str, mark: str, per_gpu: int, number: int, board: Any) -> JobResult:
+    """Run a job on whichever node Ray chose: start its process, tell the board, and end with it.
+
+    Args:
+        request: what the job's process is asked to do.
+        plan: what it needs.
+        place: the job's directory on the batch's machine.
+        mark: the batch's; a node that reads it two levels above `place` shares the batch's storage.
+        per_gpu: how many jobs share a GPU.
+        number: the attempt's, unique in this batch.
+        board: the actor of `Board`.
+    """
     import ray
 
     context = ray.get_runtime_context()
     node = {"id": context.get_node_id(), "name": f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"}
-    ray.get(board.begins.remote(asked.job, submitted, node))
+    ray.get(board.begins.remote(number, node))
     directory = Path(place)
     shared = _reads(directory.parents[1] / MARK) == mark
     if not shared:
-        directory = Path(tempfile.gettempdir()) / f"fp8-batch-{os.getuid()}" / mark / asked.job
-    if facts.gpu and ray.get_gpu_ids():
-        asked = share_gpu(asked, per_gpu)
-    command, kills = ask(asked, directory, os.getpid()), oom_kills()
-    follower = Follower(Path(facts.output), facts.read_bytes + facts.layer_bytes, time.time())
-    log_path = directory / "log.txt"
-    before = log_path.stat().st_size if log_path.exists() else 0
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        directory = Path(tempfile.gettempdir()) / f"fp8-batch-{os.getuid()}" / mark / request.job
+    if plan.gpu and ray.get_gpu_ids():
+        request = share_gpu(request, per_gpu)
+    follower, kills, log = Follower(plan.output, plan.read_bytes, time.time()), oom_kills(), directory / "log.txt"
+    before = log.stat().st_size if log.exists() else 0
+    process = request.start(directory)
     try:
-        told = False
+        stopped = False
         while process.poll() is None:
-            if ray.get(board.tell.remote(asked.job, submitted, asdict(follower.now()))) and not told:
+            if ray.get(board.tell.remote(number, asdict(follower.now()))) and not stopped:
                 process.terminate()  # once: a second signal would cut the unit
-                told = True
-            _wait(process, TELL)
+                stopped = True
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(TELL)
     finally:
-        if process.poll() is None:  # cancelled, or the board is lost for good
-            process.terminate()
-            process.wait()
-    ending = how_ended(process.returncode, directory, oom_kills() > kills)
-    timed(ending, facts, follower)
-    ending.node, ending.shared = node["name"], shared
+        end_worker(process)  # if it was cancelled, or the board is lost for good
+    result = result_of(process.returncode, directory, oom_kills() > kills)
+    add_times(result, plan, follower)
+    result.node, result.shared = node["name"], shared
     if not shared:
-        with log_path.open("rb") as file:
-            file.seek(max(before, log_path.stat().st_size - LOG_BYTES))
-            ending.log = file.read().decode("utf-8", errors="replace")
-    return ending
+        with log.open("rb") as file:
+            file.seek(max(before, log.stat().st_size - LOG_BYTES))
+            result.log = file.read().decode("utf-8", errors="replace")
+    return result
 
 
 def _reads(path: Path) -> str | None:
@@ -119,13 +123,6 @@ def _reads(path: Path) -> str | None:
         return path.read_text(encoding="ascii")
     except (OSError, ValueError):
         return None
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 @dataclass
@@ -137,7 +134,11 @@ class _Submitted:
 
 @dataclass
 class RayCluster:
-    """A Ray cluster that runs already; `address` as ``ray start`` printed it, or ``auto``.
+    """The executor for a Ray cluster that is running already.
+
+    Attributes:
+        address: as ``ray start`` printed it, or ``auto``.
+        per_gpu: how many jobs share a GPU.
 
     Raises:
         UsageError: Ray is not installed.
@@ -181,20 +182,20 @@ class RayCluster:
         """See `Executor`."""
         return any(node["Resources"].get("GPU") for node in self._nodes())
 
-    def needs(self, facts: Facts) -> dict[str, float]:
-        """The resources of a job's task, as Ray names them; GPU and disk where nodes declare any."""
+    def needs(self, plan: JobPlan) -> dict[str, float]:
+        """The resources of a job's task, as Ray names them; GPU and disk (in GB) where nodes declare any."""
         declared = [node["Resources"] for node in self._nodes()]
         cores = max((resources.get("CPU", 0.0) for resources in declared), default=0.0)
-        found = {"CPU": max(1.0, min(float(facts.threads), cores)), "memory": float(facts.peak_memory)}
-        if facts.gpu and any(resources.get("GPU") for resources in declared):
+        found = {"CPU": max(1.0, min(float(plan.threads), cores)), "memory": float(plan.peak_memory)}
+        if plan.gpu and any(resources.get("GPU") for resources in declared):
             found["GPU"] = 1.0 / self.per_gpu
         if any(DISK in resources for resources in declared):
-            found[DISK] = float(math.ceil(facts.disk / 10**9))
+            found[DISK] = float(math.ceil(plan.disk / 10**9))
         return found
 
-    def refuses(self, facts: Facts) -> str | None:
+    def refuses(self, plan: JobPlan) -> str | None:
         """See `Executor`: a task that no node can ever hold would wait for ever, and Ray would not say so."""
-        needs, nodes = self.needs(facts), self._nodes()
+        needs, nodes = self.needs(plan), self._nodes()
         if any(all(node["Resources"].get(key, 0.0) >= value for key, value in needs.items()) for node in nodes):
             return None
         text = ", ".join(
@@ -202,50 +203,52 @@ class RayCluster:
         )
         return f"no node of the cluster has all of {text}"
 
-    def wants(self, facts: Facts) -> str | None:
+    def waits_for(self, plan: JobPlan) -> str | None:
         """See `Executor`; Ray itself decides when a task starts."""
         return None
 
-    def start(self, asked: Asked, facts: Facts, place: Path) -> None:
+    def start(self, request: JobRequest, plan: JobPlan, directory: Path) -> None:
         """See `Executor`."""
-        needs = self.needs(facts)
+        needs = self.needs(plan)
         self._count += 1
-        place.mkdir(parents=True, exist_ok=True)
-        mark = _reads(place.parents[1] / MARK)
+        directory.mkdir(parents=True, exist_ok=True)
+        mark = _reads(directory.parents[1] / MARK)
         if mark is None:  # by which a node knows that it sees this directory, and not one of the same name
             mark = secrets.token_hex(8)
-            (place.parents[1] / MARK).write_text(mark, encoding="ascii")
+            (directory.parents[1] / MARK).write_text(mark, encoding="ascii")
         ref = self._task.options(
-            name=asked.job,
+            name=request.job,
             num_cpus=needs["CPU"],
             num_gpus=needs.get("GPU", 0),
             memory=int(needs["memory"]),
             resources={DISK: needs[DISK]} if DISK in needs else None,
             max_retries=RETRIES,
-        ).remote(asked, facts, str(place), mark, self.per_gpu, self._count, self._board)
-        self._submitted[asked.job] = _Submitted(ref, self._count)
+        ).remote(request, plan, str(directory), mark, self.per_gpu, self._count, self._board)
+        self._submitted[request.job] = _Submitted(ref, self._count)
 
-    def ended(self) -> list[tuple[str, Ending]]:
+    def ended(self) -> list[tuple[str, JobResult]]:
         """See `Executor`."""
         if not self._submitted:
             return []
         refs = [entry.ref for entry in self._submitted.values()]
         ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        said = self._ray.get(self._board.all.remote()) if ready or self._due() else None
+        if not ready and not self._due():
+            return []
+        seen_on, _ = self._ray.get(self._board.all.remote())
         found = []
         for name, entry in list(self._submitted.items()):
-            nodes = self._seen_on(said, name, entry)
+            nodes = seen_on.get(entry.number, [])
             if entry.ref in ready:
-                ending = self._result(entry)
-            elif said is not None and self._is_lost(entry, nodes):
+                result = self._result(entry)
+            elif self._is_lost(entry, nodes):
                 self._ray.cancel(entry.ref, force=True)
-                ending = Ending("killed", None, f"its node {nodes[-1]['name']} was lost", nodes[-1]["name"])
+                result = JobResult("killed", None, f"its node {nodes[-1]['name']} was lost", nodes[-1]["name"])
             else:
                 continue
             del self._submitted[name]
             for before, after in pairwise(nodes):
-                ending.notes.append(f"its process or node was lost at {before['name']}; taken up at {after['name']}")
-            found.append((name, ending))
+                result.notes.append(f"its process or node was lost at {before['name']}; taken up at {after['name']}")
+            found.append((name, result))
         return found
 
     def _due(self) -> bool:
@@ -256,11 +259,6 @@ class RayCluster:
         self._looked = now
         return True
 
-    @staticmethod
-    def _seen_on(said: dict[str, Any] | None, name: str, entry: _Submitted) -> list[dict[str, str]]:
-        known = (said or {}).get(name)
-        return list(known["nodes"]) if known is not None and known["submitted"] == entry.number else []
-
     def _is_lost(self, entry: _Submitted, nodes: list[dict[str, str]]) -> bool:
         """A node that is cut off, not dead, keeps its task's connection open: Ray would wait for it."""
         alive = {node["NodeID"] for node in self._nodes()}
@@ -270,29 +268,29 @@ class RayCluster:
         entry.lost_since = entry.lost_since or time.monotonic()
         return time.monotonic() - entry.lost_since > LOST
 
-    def _result(self, entry: _Submitted) -> Ending:
+    def _result(self, entry: _Submitted) -> JobResult:
         errors = self._ray.exceptions
         try:
-            ending: Ending = self._ray.get(entry.ref)
+            result: JobResult = self._ray.get(entry.ref)
         except errors.TaskCancelledError:
-            return Ending("interrupted", 75, "not started")
+            return JobResult("interrupted", 75, "not started")
         except errors.OutOfMemoryError as error:
-            return Ending("out of memory", None, f"Ray ended it for want of memory: {_line(error)}")
+            return JobResult("out of memory", None, f"Ray ended it for want of memory: {_line(error)}")
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError) as error:
-            return Ending("killed", None, f"its node or worker was lost {RETRIES + 1} times: {_line(error)}")
+            return JobResult("killed", None, f"its node or worker was lost {RETRIES + 1} times: {_line(error)}")
         except errors.RayError as error:
-            return Ending("crashed", None, _line(error))
-        return ending
+            return JobResult("crashed", None, _line(error))
+        return result
 
     def progress(self) -> dict[str, Progress]:
         """See `Executor`."""
         if not self._submitted:
             return {}
-        said = self._ray.get(self._board.all.remote())
+        _, progress = self._ray.get(self._board.all.remote())
         return {
-            name: Progress(**said[name]["progress"])
+            name: Progress(**progress[entry.number])
             for name, entry in self._submitted.items()
-            if self._seen_on(said, name, entry) and said[name]["progress"] is not None
+            if entry.number in progress
         }
 
     def running(self) -> int:
@@ -300,11 +298,11 @@ class RayCluster:
         return len(self._submitted)
 
     def stop(self) -> None:
-        """See `Executor`; what Ray has not started is taken back."""
+        """See `Executor`; what Ray has not started is cancelled."""
         self._ray.get(self._board.stop.remote())
-        said = self._ray.get(self._board.all.remote())
-        for name, entry in self._submitted.items():
-            if not self._seen_on(said, name, entry):
+        seen_on, _ = self._ray.get(self._board.all.remote())
+        for entry in self._submitted.values():
+            if entry.number not in seen_on:
                 self._ray.cancel(entry.ref)
 
     def close(self) -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 EVENTS = "quantize/events.jsonl"
-EARLY = 0.02  # of the work: what came before says little of the rate
+EARLY = 0.02  # the share of the work before which the rate says little
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
-    """A moment of a job.
+    """How far a job is at one moment.
 
     Attributes:
         stage: starting, streaming, layers, verifying or publishing.
-        at: the layer or part it is at.
-        share: of the source's bytes that are through, 0 to 1.
-        rate: of them, bytes a second in this process.
-        left: seconds, by what it did so far; None too early to say.
-        device_bytes: of the GPU, at most so far.
-        rss: bytes, of the host.
+        at: the layer or part that it works on.
+        share: the share of the source's bytes that has been processed, 0 to 1.
+        rate: source bytes per second, in this process.
+        left: seconds left at this rate; None: it is too early to say.
+        device_bytes: the most GPU memory so far.
+        rss: the most host memory so far, in bytes.
     """
 
     stage: str = "starting"
@@ -38,12 +38,12 @@ class Progress:
 
 @dataclass
 class Follower:
-    """Reads on in a job's record; cheap enough for every second.
+    """Reads what is new in a job's events.jsonl; cheap enough for every second.
 
     Attributes:
         output: where the result will be.
-        total: bytes of the source that go through.
-        since: seconds since the epoch: earlier events belong to earlier attempts.
+        total: source bytes that a whole run reads.
+        since: seconds since the epoch; earlier events belong to earlier attempts.
     """
 
     output: Path
@@ -54,13 +54,10 @@ class Follower:
     _pieces: int = 0
     _before: int | None = None
     _begun: float = 0.0
-    _stage: str = "starting"
-    _at: str = ""
-    _device: int = 0
-    _rss: int = 0
+    _latest: Progress = field(default_factory=Progress)  # without share, rate and time left
 
     def now(self) -> Progress:
-        """What its record says by now."""
+        """How far the job is by now."""
         for event in self._read():
             self._take(event)
         done = min(self._pieces + sum(self._layers.values()), self.total)
@@ -69,7 +66,7 @@ class Follower:
         seconds = max(time.time() - self._begun, 1e-3)
         rate = new / seconds if self._begun and new > 0 else 0.0
         left = (self.total - done) / rate if rate and new > EARLY * self.total else None
-        return Progress(self._stage, self._at, share, rate, left, self._device, self._rss)
+        return replace(self._latest, share=share, rate=rate, left=left)
 
     def _read(self) -> list[dict[str, Any]]:
         found = []
@@ -94,21 +91,22 @@ class Follower:
         return found
 
     def _take(self, event: dict[str, Any]) -> None:
+        latest, kind = self._latest, event.get("event")
         current = event.get("time", 0.0) >= self.since
-        match event.get("event"):
+        if kind in ("piece", "layer"):
+            latest.at, latest.rss = event["label"], max(latest.rss, event["rss_bytes"])
+        match kind:
             case "run" if current:
-                self._stage, self._begun = "streaming", event["time"]
+                latest.stage, self._begun = "streaming", event["time"]
                 self._before = self._pieces + sum(self._layers.values())
             case "piece":
                 self._pieces += event["bytes_read"]
-                self._at, self._rss = event["label"], max(self._rss, event["rss_bytes"])
             case "imports" if current:
-                self._stage = "layers"
+                latest.stage = "layers"
             case "layer":
                 self._layers[event["index"]] = event["bytes_read"]
-                self._at, self._rss = event["label"], max(self._rss, event["rss_bytes"])
-                self._device = max(self._device, event.get("device_bytes", 0))
+                latest.device_bytes = max(latest.device_bytes, event.get("device_bytes", 0))
             case "sealed" if current:
-                self._stage, self._at = "verifying", ""
+                latest.stage, latest.at = "verifying", ""
             case "verified" if current:
-                self._stage = "publishing"
+                latest.stage = "publishing"

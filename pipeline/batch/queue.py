@@ -1,54 +1,51 @@
-"""A night from its beginning to its end: what starts when, what becomes of what fails.
+"""A run of a batch from its beginning to its end: what starts when, and what becomes of what fails.
 
-The queue decides; an executor runs. It reads top to bottom: plan every job, refuse what cannot be, then start the
-largest that fits, take what ended, and so on until nothing is left or the window is over.
+The queue decides; an executor runs. It reads top to bottom: plan every job, refuse what cannot run, then start the
+largest that fits, take in what ended, and so on until nothing is left or the window is over.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.batch.estimate import Estimator
 from pipeline.batch.executor import Executor, Local
 from pipeline.batch.fetch import Fetcher
-from pipeline.batch.forecast import Forecaster
-from pipeline.batch.job import Asked, Ending
-from pipeline.batch.ledger import Attempt, Ledger, Record
-from pipeline.batch.manifest import Job
-from pipeline.batch.planning import Facts, Planned, Refusal, plan_all
+from pipeline.batch.hooks import Hooks
+from pipeline.batch.job import JobRequest, JobResult
+from pipeline.batch.ledger import Ledger
+from pipeline.batch.planning import JobPlan, Planned, Refusal, plan_all
 from pipeline.batch.progress import Progress
+from pipeline.batch.record import Attempt, JobRecord, Status, count_statuses
 from pipeline.errors import from_os_error
 from pipeline.journal import read_identity
 from pipeline.machine.processes import signal_name
+from pipeline.recipe.recipe import recipe_yaml
 from pipeline.units import time_text
 
-TICK = 0.1
+TICK = 0.1  # seconds between two turns of the loop
 WATCH = 1.0  # seconds between two looks at the running jobs
 AGAIN = 5.0  # seconds before a job that was killed starts again
-LONG_WORK = 300.0  # seconds: a disk that fills up after so much work is another wait
-KILLS = 5  # attempts that may be killed in a night; a job that is killed for ever must not hold the batch up
+LONG_WORK = 300.0  # seconds of work after which a disk that fills up starts a new wait
+KILLS = 5  # attempts of a run that may be killed; a job that is always killed must not hold the batch up
 BUSY = 15  # times that a job waits two minutes for another process on its output
 SMALLEST_BATCH = 256  # tokens
-RETRIED = ("calibration.batch_tokens", "calibration.batches")  # of an identity: what smaller batches change
-MOST_TEXT = 8192  # of a variable that a hook is given; the kernel has a limit of its own
-HOOK_SECONDS = 60
+RESTARTS = ("calibration.batch_tokens", "calibration.batches")  # fields of an identity that smaller batches change
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the command line asks of a night.
+    """What the command line asks of a run.
 
     Attributes:
-        until: seconds since the epoch; None: no window.
+        until: when the window ends, in seconds since the epoch; None: no window.
         disk_wait: seconds that a job waits for space on its drive.
         on_failure: a shell command for each job that fails for good.
         on_finish: a shell command at the end.
@@ -61,174 +58,174 @@ class Rules:
 
 
 class Watcher(Protocol):
-    """Who is told what happens."""
+    """Shows a batch run to the user while it goes on; `watch.Watch` is it."""
+
+    def say(self, what: Any) -> None:
+        """A line, or a table of rich."""
 
     def table(self, queue: Queue) -> None:
-        """All jobs have been planned."""
+        """The jobs as planned, before the first one starts."""
 
-    def started(self, record: Record, facts: Facts, attempt: Attempt) -> None:
-        """An attempt starts."""
+    def started(self, record: JobRecord) -> None:
+        """A job was started."""
 
-    def ended(self, record: Record, facts: Facts | None, attempt: Attempt | None) -> None:
-        """An attempt has ended, or a job was refused or left."""
+    def ended(self, record: JobRecord, attempt: Attempt | None = None) -> None:
+        """A job has ended, for now or for good."""
 
     def now(self, queue: Queue, progress: Mapping[str, Progress]) -> None:
-        """From time to time."""
+        """How far the running jobs are."""
 
-    def said(self, text: str) -> None:
-        """Something else for the user."""
-
-    def report(self, queue: Queue, exit_status: int | None) -> None:
-        """Write the report as it is now."""
+    def report(self, queue: Queue) -> None:
+        """Write the report as it stands."""
 
 
-@dataclass
 class Queue:
-    """The state of a night; see the module's text.
+    """The jobs of a batch, and the state of its run.
 
     Attributes:
-        facts: of the jobs that can run, by name.
-        exit_status: once it has ended: 0 all is published, 1 something failed, 75 the rest is for another time.
+        estimator: knows what jobs took on this machine.
+        exit_status: None while it runs; 0: all is published, 1: something failed, 75: jobs are left for another time.
     """
 
-    jobs: list[Job]
-    ledger: Ledger
-    executor: Executor
-    rules: Rules
-    watcher: Watcher
-    facts: dict[str, Facts] = field(default_factory=dict)
-    forecaster: Forecaster = field(default_factory=Forecaster)
-    exit_status: int | None = None
-    stopping: str | None = None
-    _not_before: dict[str, float] = field(default_factory=dict)
-    _short_since: dict[str, float] = field(default_factory=dict)
-    _full_since: dict[str, float] = field(default_factory=dict)
-    _fetcher: Fetcher | None = None
-    _asked: int | None = None  # the signal that came
-    _hooks: list[tuple[subprocess.Popen[bytes], str, float]] = field(default_factory=list)
+    def __init__(self, ledger: Ledger, executor: Executor, rules: Rules, watch: Watcher) -> None:
+        self.ledger, self.executor, self.rules, self.watch = ledger, executor, rules, watch
+        self.estimator = Estimator()
+        self.exit_status: int | None = None
+        self._stopping: str | None = None  # why: interrupted or window
+        self._signal: int | None = None  # the first one that came
+        self._fetcher = Fetcher(ledger.directory)
+        self._hooks = Hooks(watch.say)
 
     @property
-    def records(self) -> dict[str, Record]:
-        """What is remembered of each job."""
-        return self.ledger.records
+    def records(self) -> list[JobRecord]:
+        """The batch's jobs, in their order."""
+        return list(self.ledger.records.values())
+
+    def planned(self, status: Status | None = None) -> list[tuple[JobRecord, JobPlan]]:
+        """The jobs that could be planned, with their plans, the largest first; those of one status if it is given."""
+        found = [(r, r.plan) for r in self.records if r.plan is not None and status in (None, r.status)]
+        return sorted(found, key=lambda entry: (-entry[1].source_bytes, entry[0].name))
+
+    def counts(self) -> dict[Status, int]:
+        """How many jobs have which status."""
+        return count_statuses(self.records)
+
+    def directory(self, record: JobRecord) -> Path:
+        """A job's own directory: its log and its request."""
+        return self.ledger.directory / "jobs" / record.name
 
     # --- planning ---
 
     def plan(self) -> None:
         """Plan every job; refuse what cannot run."""
         wanted = []
-        for job in self.jobs:
-            last = self.records[job.name].attempts[-1:]
-            elsewhere = bool(last) and last[0].ending is not None and not last[0].ending.shared
-            if self.records[job.name].status == "published" and elsewhere:
-                self.watcher.ended(self.records[job.name], None, None)  # its node alone has it
+        for record in self.records:
+            if record.status == "published" and record.result is not None and not record.result.shared:
+                self.watch.ended(record)  # only the node that made it can see it
             else:
-                wanted.append(job)
-        changed = {job.name: self.records[job.name].changed for job in wanted}
-        found = plan_all(wanted, self.ledger.directory, self.executor.here, changed)
-        for job in wanted:
-            self._planned(self.records[job.name], found[job.name])
-        for name, facts in self.facts.items():  # earlier nights of this batch tell how fast the machine is
-            self._learn(self.records[name], facts)
-        self.watcher.table(self)
+                wanted.append(record)
+        jobs = [replace(record.job, overrides=(*record.job.overrides, *record.changed)) for record in wanted]
+        found = plan_all(jobs, self.ledger.directory, self.executor.here)
+        for record in wanted:
+            self._take_plan(record, found[record.name])
+        for record, plan in self.planned():  # earlier runs of this batch tell how fast the machine is
+            self._learn(record, plan)
+        self.watch.table(self)
 
-    def _planned(self, record: Record, planned: Planned) -> None:
-        name = record.job.name
-        if isinstance(planned, Refusal):
-            if record.status == "published" and planned.kind == "source" and _is_ours(planned.output):
-                self.watcher.ended(record, None, None)  # its source has been removed since
-                return
-            self._refuse(record, planned.kind, planned.reason)
+    def _take_plan(self, record: JobRecord, plan: Planned) -> None:
+        if isinstance(plan, Refusal):
+            if record.status == "published" and plan.kind == "source" and _is_ours(plan.output):
+                self.watch.ended(record)  # its source has been removed since
+            else:
+                self._refuse(record, plan.kind, plan.reason)
             return
-        if self.executor.gpu and planned.gpu and planned.layers:
-            planned = replace(planned, device="cuda")  # what it will run on, wherever it was planned
-        if not planned.already and (why := self.executor.refuses(planned)) is not None:
+        if self.executor.gpu and plan.gpu and plan.layers:
+            plan = replace(plan, device="cuda")  # what it will run on, wherever it was planned
+        if not plan.already and (why := self.executor.refuses(plan)) is not None:
             self._refuse(record, "too large", why)
             return
-        self.facts[name] = planned
-        if planned.already:
+        record.plan = plan
+        if plan.already:
             if record.status != "published":
-                self.ledger.settle(name, "published", note="it was published before this run of the batch")
+                self.ledger.settle(record, "published", note="it was published before this run of the batch")
         elif record.status == "failed" and record.kind == "verification":
-            self.watcher.ended(record, planned, None)  # it would fail again; mended, it is another job
+            self.watch.ended(record)  # it would fail again; with a changed recipe it is another job
         elif record.count("killed", "interrupted", None) > KILLS:
-            self.ledger.settle(name, "failed", "killed", f"it was killed, or its batch, {KILLS + 1} times")
-            self._failed(name)
+            self._fail(record, "killed", f"it was killed, or its batch, {KILLS + 1} times")
         elif record.status == "published":
-            self.ledger.settle(name, "waiting", note="its result is gone; it is made again")
+            self.ledger.settle(record, "waiting", note="its result is gone; it is made again")
         elif record.status != "waiting":
-            self.ledger.settle(name, "waiting")
+            self.ledger.settle(record, "waiting")
 
-    def _refuse(self, record: Record, kind: str, reason: str) -> None:
-        known = (record.status, record.kind) == ("refused", kind)  # when this night was begun
-        self.ledger.settle(record.job.name, "refused", kind, reason)
-        self.watcher.ended(record, None, None)
+    def _refuse(self, record: JobRecord, kind: str, reason: str) -> None:
+        known = (record.status, record.kind) == ("refused", kind)  # when this run was begun
+        self.ledger.settle(record, "refused", kind, reason)
+        self.watch.ended(record)
         if not known:
             self._on_failure(record)
 
-    def _learn(self, record: Record, facts: Facts) -> None:
+    def _learn(self, record: JobRecord, plan: JobPlan) -> None:
         """From a job's last attempt, if that was a whole run."""
-        ending = record.attempts[-1].ending if record.attempts else None
-        if ending is not None and ending.parts is not None:
-            self.forecaster.learn(facts, ending.parts)
+        if record.result is not None and record.result.parts is not None:
+            self.estimator.learn(plan, record.result.parts)
 
-    # --- the night ---
+    # --- the run ---
 
     def run(self) -> int:
         """Run what can be run; returns the exit status."""
-        with self._signals(), Fetcher(self.ledger.directory, self._room_for_download) as fetcher:
-            self._fetcher = fetcher
+        with self._signals():
             watched = 0.0
             try:
                 while True:
-                    for name, ending in self.executor.ended():
-                        self._ended(name, ending)
-                    self._look_up()
-                    self._look_after_hooks()
-                    if self.stopping is None:
+                    for name, result in self.executor.ended():
+                        self._take_result(self.ledger.records[name], result)
+                    self._check_for_end()
+                    self._hooks.check()
+                    if self._stopping is None:
                         self._start()
-                    if not self.executor.running() and (self.stopping is not None or not self._may_come()):
+                    if not self.executor.running() and (self._stopping is not None or not self._may_come()):
                         break
                     if time.monotonic() - watched > WATCH:
-                        self.watcher.now(self, self.executor.progress())
+                        self.watch.now(self, self.executor.progress())
                         watched = time.monotonic()
                     time.sleep(TICK)
             finally:
+                self._fetcher.close()
                 self.executor.close()
         return self._finish()
 
     def _may_come(self) -> bool:
-        """Whether a job waits that may still start in this window; with nothing running, no forecast changes."""
-        return any(self.records[name].status == "waiting" and self._in_time(name) for name in self.facts)
+        """Whether a job waits that may still start in this window; with nothing running, no estimate changes."""
+        return any(self._in_time(plan) for _, plan in self.planned("waiting"))
 
-    def _look_up(self) -> None:
+    def _check_for_end(self) -> None:
         until = self.rules.until
-        if self._asked is not None and self.stopping != "interrupted":
-            self._stop("interrupted", f"stopping ({signal_name(-self._asked)})")
-        elif until is not None and time.time() >= until and self.stopping is None:
+        if self._signal is not None and self._stopping != "interrupted":
+            self._stop("interrupted", f"stopping ({signal_name(-self._signal)})")
+        elif until is not None and time.time() >= until and self._stopping is None:
             self._stop("window", "the window is over")
 
     def _stop(self, kind: str, text: str) -> None:
-        self.stopping = kind
+        self._stopping = kind
         self.executor.stop()
         if self.executor.running():
-            self.watcher.said(f"{text}; {self.executor.running()} running job(s) stop at the end of their unit")
+            self.watch.say(f"{text}; {self.executor.running()} running job(s) stop at the end of their unit")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGINT, SIGTERM and SIGHUP stop the jobs cleanly; a second one ends them."""
 
-        def asked(number: int, frame: Any) -> None:
-            if self._asked is not None:
+        def take(number: int, frame: Any) -> None:
+            if self._signal is not None:
                 raise KeyboardInterrupt
-            self._asked = number
+            self._signal = number
 
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-        before = {number: signal.signal(number, asked) for number in heard}
+        before = {number: signal.signal(number, take) for number in heard}
         try:
             yield
         finally:
@@ -238,231 +235,190 @@ class Queue:
     # --- what starts ---
 
     def _start(self) -> None:
-        """Start what may start, the largest first; what does not fit lets smaller ones pass."""
-        assert self._fetcher is not None
-        order = sorted(
-            (name for name in self.facts if self.records[name].status == "waiting"),
-            key=lambda name: (-self.facts[name].source_bytes, name),
-        )
-        if self.executor.here:
-            self._fetcher.wants([self.facts[name] for name in order if self._in_time(name)], self.rules.disk_wait)
-            if isinstance(self.executor, Local):
-                self.executor.downloading = self._fetcher.claim()
-        for name in order:
-            facts = self.facts[name]
-            if not self._in_time(name):  # by a forecast that the next finished job may better
+        """Start what may start, the largest first; what does not fit lets smaller jobs pass."""
+        # A job that would not end in time waits for an estimate that the next finished job may improve.
+        waiting = [(record, plan) for record, plan in self.planned("waiting") if self._in_time(plan)]
+        if isinstance(self.executor, Local):
+            plans = [plan for _, plan in waiting]
+            self._fetcher.go_on(plans, self.executor.has_room, self.rules.disk_wait)
+            self.executor.downloading = self._fetcher.claim
+        for record, plan in waiting:
+            if time.monotonic() < record.not_before or not self._is_fetched(record, plan):
                 continue
-            if time.monotonic() < self._not_before.get(name, 0.0):
-                continue
-            if self.executor.here and facts.to_fetch and not self._fetched(name, facts):
-                continue
-            why = self.executor.wants(facts)
-            if why == "slot":
-                continue
-            if why == "disk":
-                self._short_of_disk(name, facts)
-                continue
-            self._short_since.pop(name, None)
-            if why is None:
-                self._start_one(name, facts)
+            obstacle = self.executor.waits_for(plan)
+            if obstacle == "disk":
+                self._wait_for_disk(record, plan)
+            elif obstacle != "slot":
+                record.short_since = None
+            if obstacle is None:
+                self._start_one(record, plan)
 
-    def _in_time(self, name: str) -> bool:
+    def _in_time(self, plan: JobPlan) -> bool:
         until = self.rules.until
-        return until is None or time.time() + self.forecaster.seconds(self.facts[name]) <= until
+        return until is None or time.time() + self.estimator.seconds(plan) <= until
 
-    def _room_for_download(self, place: Path, nbytes: int) -> bool:
-        return not isinstance(self.executor, Local) or self.executor.has_room(place, nbytes)
+    def _is_fetched(self, record: JobRecord, plan: JobPlan) -> bool:
+        """Whether the source is on this machine; a download that failed for good is the job's failure."""
+        if not (self.executor.here and plan.to_fetch):
+            return True
+        download = self._fetcher.download(plan)
+        if download.error is not None:
+            self._fail(record, download.kind, download.error)
+        return download.done
 
-    def _fetched(self, name: str, facts: Facts) -> bool:
-        """Whether a hub's checkpoint is in the cache; a download that failed for good is the job's failure."""
-        assert self._fetcher is not None
-        state = self._fetcher.state(facts)
-        if state.error is not None:
-            self.ledger.settle(name, "failed", state.kind, state.error)
-            self._failed(name)
-        return state.done
-
-    def _short_of_disk(self, name: str, facts: Facts) -> None:
+    def _wait_for_disk(self, record: JobRecord, plan: JobPlan) -> None:
         """Wait for space, up to a limit; the clock runs while no running job could be the cause."""
         if self.executor.running():
-            self._short_since.pop(name, None)
+            record.short_since = None
             return
-        since = self._short_since.setdefault(name, time.monotonic())
-        if since > time.monotonic() - TICK:
-            self.watcher.said(f"{name}: waits for space on the drive of {facts.output}")
-        if time.monotonic() - since >= self.rules.disk_wait:
-            last = self.records[name].attempts[-1:]
-            reason = last[0].ending.reason if last and last[0].ending and last[0].ending.kind == "disk" else (
-                f"{facts.output}: its drive had too little space for {facts.disk / 1e9:.2f} GB for "
-                f"{self.rules.disk_wait:.0f} s"
-            )  # fmt: skip
-            self.ledger.settle(name, "failed", "disk", reason)
-            self._failed(name)
+        if record.short_since is None:
+            record.short_since = time.monotonic()
+            self.watch.say(f"{record.name}: waits for space on the drive of {plan.output}")
+        if time.monotonic() - record.short_since >= self.rules.disk_wait:
+            size, seconds = f"{plan.disk / 1e9:.2f} GB", f"{self.rules.disk_wait:.0f} s"
+            reason = f"{plan.output}: its drive had too little space for {size} for {seconds}"
+            if record.result is not None and record.result.kind == "disk":
+                reason = record.result.reason
+            self._fail(record, "disk", reason)
 
-    def _start_one(self, name: str, facts: Facts) -> None:
-        record = self.records[name]
-        forecast = self.forecaster.seconds(facts)
-        attempt = Attempt(time.time(), forecast, self.forecaster.informed, record.changed)
-        asked = Asked(
-            name,
-            facts.text,
+    def _start_one(self, record: JobRecord, plan: JobPlan) -> None:
+        estimate = self.estimator.seconds(plan)
+        request = JobRequest(
+            record.name,
+            recipe_yaml(plan.recipe),
             record.changed,
-            restarts=RETRIED if record.changed else (),
+            restarts=RESTARTS if record.changed else (),
             until=self.rules.until,
-            forecast=forecast,
+            estimate=estimate,
             cluster=not self.executor.here,
         )
-        self.ledger.start(name, attempt)
+        self.ledger.start(record, estimate, self.estimator.informed)
         try:
-            self.executor.start(asked, facts, self.place(name))
+            self.executor.start(request, plan, self.directory(record))
         except OSError as error:  # the batch's own drive is full, or no process can be made
-            failed = from_os_error(error, f"starting {name}")
-            self._ended(name, Ending(failed.kind, None, str(failed)))
+            failed = from_os_error(error, f"starting {record.name}")
+            self._take_result(record, JobResult(failed.kind, None, str(failed)))
             return
-        self.watcher.started(record, facts, attempt)
-
-    def place(self, name: str) -> Path:
-        """A job's own directory: its log, and what it was asked."""
-        return self.ledger.directory / "jobs" / name
+        self.watch.started(record)
 
     # --- what ends ---
 
-    def _ended(self, name: str, ending: Ending) -> None:
-        record, facts = self.records[name], self.facts[name]
-        self._keep_log(name, ending)
-        if self.stopping is not None and ending.kind == "interrupted":
-            ending.kind = "stopped"  # as it was asked to: no preemption, which a night has a limit for
-        self.ledger.end(name, ending)
-        attempt = record.attempts[-1]
-        for note in ending.notes:
-            self.ledger.note(name, note)
-        self.facts[name] = facts = replace(facts, done=max(facts.done, ending.share))
-        match ending.kind:
-            case "done":
-                self.ledger.settle(name, "published")
-                if record.whole and attempt.informed and attempt.ended is not None:
-                    self.forecaster.judge(attempt.forecast, attempt.ended - attempt.began)
-                self._learn(record, replace(facts, done=0.0))
-            case _ if self.stopping is not None and ending.kind in ("stopped", "late", "killed", "crashed", "busy"):
-                self.ledger.settle(name, "left", self.stopping, ending.reason)
-            case "late":
-                self.ledger.settle(name, "left", "window", ending.reason)
-            case "out of memory":
-                self._smaller(name, record, facts, ending)
-            case "disk":
-                self._disk_was_full(name, record, ending)
-            case "killed" | "interrupted" if record.count("killed", "interrupted", None) <= KILLS:
-                self._again(name, f"{ending.reason}; resumed where it stopped")
-            case "busy" if record.count("busy") <= BUSY:
-                self._again(name, f"{ending.reason}; it waited")
-            case "crashed" if record.count("crashed") <= 1:
-                self._again(name, f"it crashed ({ending.reason}); resumed once where it stopped")
-            case _:
-                self._fail(name, ending)
-        self.watcher.ended(record, facts, attempt)
+    def _take_result(self, record: JobRecord, result: JobResult) -> None:
+        """Record how an attempt ended, and decide what becomes of its job."""
+        assert record.plan is not None
+        self._keep_log(record, result)
+        if self._stopping is not None and result.kind == "interrupted":
+            result.kind = "stopped"  # as it was asked to; only those that something else interrupts are limited
+        self.ledger.end(record, result)
+        record.plan = replace(record.plan, done=max(record.plan.done, result.share))
+        self._settle(record, record.plan, result)
+        self.watch.ended(record, record.attempts[-1])
         if record.status == "failed":
             self._on_failure(record)
-        self.watcher.report(self, None)
+        self.watch.report(self)
 
-    def _disk_was_full(self, name: str, record: Record, ending: Ending) -> None:
-        """Wait for space, from the first time that it ran out without long work in between."""
-        attempt, now = record.attempts[-1], time.monotonic()
-        if attempt.ended is not None and attempt.ended - attempt.began > LONG_WORK:
-            self._full_since.pop(name, None)
-        if now - self._full_since.setdefault(name, now) >= self.rules.disk_wait:
-            self._fail(name, ending)
-            return
-        self.ledger.settle(name, "waiting", "disk", ending.reason, f"{ending.reason}; it waited for space")
-        self._not_before[name] = now + min(60.0, AGAIN * record.count("disk"))
+    def _settle(self, record: JobRecord, plan: JobPlan, result: JobResult) -> None:
+        """What becomes of a job whose attempt has ended: published, failed, left, or waiting for another attempt."""
+        match result.kind:
+            case "done":
+                self.ledger.settle(record, "published")
+                attempt = record.attempts[-1]
+                if record.whole and attempt.informed and attempt.seconds is not None:
+                    self.estimator.judge(attempt.estimate, attempt.seconds)
+                self._learn(record, plan)
+            case _ if self._stopping is not None and result.kind in ("stopped", "late", "killed", "crashed", "busy"):
+                self.ledger.settle(record, "left", self._stopping, result.reason)
+            case "late":
+                self.ledger.settle(record, "left", "window", result.reason)
+            case "out of memory" if not record.changed and record.count("out of memory") <= 1:
+                self._try_with_less_memory(record, plan)
+            case "disk" if self._may_wait_for_disk(record):
+                note = f"{result.reason}; it waited for space"
+                self.ledger.settle(record, "waiting", "disk", result.reason, note)
+                record.not_before = time.monotonic() + min(60.0, AGAIN * record.count("disk"))
+            case "killed" | "interrupted" if record.count("killed", "interrupted", None) <= KILLS:
+                self._try_again(record, f"{result.reason}; resumed where it stopped")
+            case "busy" if record.count("busy") <= BUSY:
+                self._try_again(record, f"{result.reason}; it waited")
+            case "crashed" if record.count("crashed") <= 1:
+                self._try_again(record, f"it crashed ({result.reason}); resumed once where it stopped")
+            case _:
+                self.ledger.settle(record, "failed", result.kind, result.reason)
 
-    def _again(self, name: str, note: str) -> None:
-        self.ledger.settle(name, "waiting", note=note)
-        self._not_before[name] = time.monotonic() + AGAIN
+    def _may_wait_for_disk(self, record: JobRecord) -> bool:
+        """Whether less than `disk_wait` has passed since the disk first was full without long work in between."""
+        now, worked = time.monotonic(), record.attempts[-1].seconds
+        if record.full_since is None or (worked is not None and worked > LONG_WORK):
+            record.full_since = now
+        return now - record.full_since < self.rules.disk_wait
 
-    def _smaller(self, name: str, record: Record, facts: Facts, ending: Ending) -> None:
-        """Once more with less memory; with other batches it is another identity, and starts over."""
-        if record.changed or record.count("out of memory") > 1:
-            self._fail(name, ending)
-            return
-        if facts.layers:
-            tokens = max(min(SMALLEST_BATCH, facts.batch_tokens), facts.batch_tokens // 4)
+    def _try_again(self, record: JobRecord, note: str) -> None:
+        self.ledger.settle(record, "waiting", note=note)
+        record.not_before = time.monotonic() + AGAIN
+
+    def _try_with_less_memory(self, record: JobRecord, plan: JobPlan) -> None:
+        """With smaller batches, which is another identity and starts over, or with one thread."""
+        if plan.layers:
+            tokens = max(min(SMALLEST_BATCH, plan.batch_tokens), plan.batch_tokens // 4)
             record.changed = (f"calibration.batch_tokens={tokens}",)
-            self.facts[name] = replace(facts, done=0.0)
-            note = f"memory ran out; started over with batches of {tokens} tokens instead of {facts.batch_tokens}"
+            record.plan = replace(plan, done=0.0)
+            note = f"memory ran out; started over with batches of {tokens} tokens instead of {plan.batch_tokens}"
         else:
             record.changed = ("runtime.threads=1",)
             note = "memory ran out; resumed with one thread"
-        self._again(name, note)
+        self._try_again(record, note)
 
-    def _fail(self, name: str, ending: Ending) -> None:
-        self.ledger.settle(name, "failed", ending.kind, ending.reason)
-
-    def _failed(self, name: str) -> None:
-        record = self.records[name]
-        self.watcher.ended(record, self.facts[name], None)
-        self._on_failure(record)
-        self.watcher.report(self, None)
-
-    def _keep_log(self, name: str, ending: Ending) -> None:
-        """What a job on another machine said; on this one it is in the log already."""
-        log, ending.log = ending.log, ""
+    def _keep_log(self, record: JobRecord, result: JobResult) -> None:
+        """Append the output of a job on another machine to its log; on this one it is there already."""
+        log, result.log = result.log, ""
         if log:
-            path = self.place(name) / "log.txt"
+            path = self.directory(record) / "log.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(log)
 
+    def _fail(self, record: JobRecord, kind: str, reason: str) -> None:
+        """A job fails for good without an attempt."""
+        self.ledger.settle(record, "failed", kind, reason)
+        self.watch.ended(record)
+        self._on_failure(record)
+        self.watch.report(self)
+
     # --- the end ---
 
     def _finish(self) -> int:
-        for name, facts in self.facts.items():
-            if self.records[name].status in ("waiting", "running"):
-                reason = "not started"
-                if self.stopping is None:
-                    text = time_text(self.forecaster.seconds(facts))
-                    reason = f"it would take about {text}, and not end within the window"
-                self.ledger.settle(name, "left", self.stopping or "window", reason)
-                self.watcher.ended(self.records[name], facts, None)
-        statuses = [record.status for record in self.records.values()]
-        failed = any(status in ("failed", "refused") for status in statuses)
-        self.exit_status = 1 if failed else 75 if "left" in statuses else 0
-        if self.stopping == "interrupted":
+        for record, plan in self.planned("waiting"):
+            reason = "not started"
+            if self._stopping is None:
+                text = time_text(self.estimator.seconds(plan))
+                reason = f"it would take about {text}, and not end within the window"
+            self.ledger.settle(record, "left", self._stopping or "window", reason)
+            self.watch.ended(record)
+        counts = self.counts()
+        self.exit_status = 1 if counts["failed"] or counts["refused"] else 75 if counts["left"] else 0
+        if self._stopping == "interrupted":
             self.exit_status = 75
         else:
             self.ledger.finish(self.exit_status)
-        self.watcher.report(self, self.exit_status)
-        self._hook(self.rules.on_finish, {})
-        deadline = time.monotonic() + HOOK_SECONDS
-        while self._hooks and time.monotonic() < deadline + 1:
-            self._look_after_hooks()
+        self.watch.report(self)
+        self._hooks.start(self.rules.on_finish, self._variables())
+        while self._hooks.check():
             time.sleep(TICK)
         return self.exit_status
 
-    def counts(self) -> dict[str, int]:
-        """How many jobs have which status."""
-        found = dict.fromkeys(("published", "failed", "refused", "left", "running", "waiting"), 0)
-        for record in self.records.values():
-            found[record.status] += 1
-        return found
+    def _on_failure(self, record: JobRecord) -> None:
+        about = {
+            "JOB_NAME": record.name,
+            "JOB_CLASS": record.kind or "",
+            "JOB_REASON": record.reason or "",
+            "JOB_LOG": str(self.directory(record) / "log.txt"),
+        }
+        self._hooks.start(self.rules.on_failure, {**self._variables(), **about})
 
-    def _on_failure(self, record: Record) -> None:
-        self._hook(
-            self.rules.on_failure,
-            {
-                "JOB_NAME": record.job.name,
-                "JOB_CLASS": record.kind or "",
-                "JOB_REASON": record.reason or "",
-                "JOB_LOG": str(self.place(record.job.name) / "log.txt"),
-            },
-        )
-
-    def _hook(self, command: str | None, more: Mapping[str, str]) -> None:
-        """Start a command of the user's; what it does is no reason to fail, and it does not hold the night up."""
-        if not command:
-            return
+    def _variables(self) -> dict[str, str]:
+        """What every hook is told; see docs/overnight.md."""
         counts = self.counts()
-        environment = {
-            **os.environ,
+        return {
             "BATCH_NAME": self.ledger.directory.name,
             "BATCH_DIRECTORY": str(self.ledger.directory),
             "BATCH_REPORT": str(self.ledger.directory / "report.html"),
@@ -470,36 +426,7 @@ class Queue:
             "BATCH_FAILED": str(counts["failed"] + counts["refused"]),
             "BATCH_LEFT": str(counts["left"] + counts["waiting"] + counts["running"]),
             "BATCH_EXIT_STATUS": "" if self.exit_status is None else str(self.exit_status),
-            **{key: value.replace("\0", " ")[:MOST_TEXT] for key, value in more.items()},
         }
-        try:
-            process = subprocess.Popen(
-                command,
-                shell=True,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            self.watcher.said(f"note: {command!r} could not be run: {error}")
-            return
-        self._hooks.append((process, command, time.monotonic() + HOOK_SECONDS))
-
-    def _look_after_hooks(self) -> None:
-        """Say how hooks ended, and end those that take too long, with what they started."""
-        for entry in list(self._hooks):
-            process, command, deadline = entry
-            status = process.poll()
-            if status is None and time.monotonic() < deadline:
-                continue
-            self._hooks.remove(entry)
-            if status is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                self.watcher.said(f"note: {command!r} took more than {HOOK_SECONDS} s and was ended")
-            elif status:
-                self.watcher.said(f"note: {command!r} ended with status {status}")
 
 
 def _is_ours(output: str | None) -> bool:

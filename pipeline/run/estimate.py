@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.checkpoint.result import EVENTS
 from pipeline.events import read_events
+from pipeline.plan.disk import scratch_need
 from pipeline.plan.plan import Plan
 from pipeline.report.outcome import Estimate, Outcome
 
@@ -26,7 +27,7 @@ def estimate_run(plan: Plan, outcome: Outcome, reading: float, imports: float) -
         parts["weights that need no data"] = sum(piece.nbytes for piece in plan.pieces) / min(
             read / max(span, 1e-6), reading
         )
-    device = hidden = 0
+    device = 0
     runs = [event for event in events if event["event"] == "layer"]
     if runs and plan.calibration is not None:
         parts["layers"] = _layers_seconds(runs, plan, reading)
@@ -34,13 +35,11 @@ def estimate_run(plan: Plan, outcome: Outcome, reading: float, imports: float) -
         device = max(event["device_bytes"] for event in runs)
         if plan.calibration.place == "device":
             device += plan.calibration.needs.hidden
-    if plan.calibration is not None:
-        hidden = plan.calibration.needs.hidden * (3 if plan.calibration.place == "file" else 2)
     return Estimate(
         sum(parts.values()),
         parts,
         (outcome.totals.peak_rss_bytes, plan.peak_memory),
-        (plan.output_nbytes, hidden),
+        (plan.output_nbytes, scratch_need(plan)),
         device,
         reading,
     )

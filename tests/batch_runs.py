@@ -1,4 +1,4 @@
-"""Twelve small jobs of which four cannot end well, for the batch's tests on one machine and on a cluster."""
+"""What the batch's tests share: a run as a process, twelve small jobs of which four cannot end well, and a plan."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.planning import JobPlan
 from pipeline.events import read_events
+from pipeline.recipe import recipe as recipes
 from tests.conftest import CALIBRATED, QUANTIZE, RECIPE, ROOT, SCHEMES, make_plain_checkpoint, read_shard, write_shard
 
 BEST = {"plain2", "plain3", "plain4", "plain5", "vl", "moe", "tied", "killed"}
@@ -23,8 +25,8 @@ RECORDS = ("events.jsonl", "layers.json", "recipe.yaml", "serve.yaml", "verify.j
 
 
 @dataclass
-class Night:
-    """A directory with a recipe a job.
+class BatchRun:
+    """A directory with a recipe for each job, and the batch that runs them.
 
     Attributes:
         root: of all.
@@ -42,7 +44,7 @@ class Night:
         """The batch as a process, its words in a file."""
         with (self.root / "said.txt").open("a") as said:
             return subprocess.Popen(
-                [*QUANTIZE, "batch", str(self.recipes), "--directory", str(self.root / "night"), *map(str, options)],
+                [*QUANTIZE, "batch", str(self.recipes), "--directory", str(self.root / "batch"), *map(str, options)],
                 cwd=self.root, stdout=said, stderr=said, text=True, env=env or os.environ,
             )  # fmt: skip
 
@@ -52,7 +54,7 @@ class Night:
 
     def report(self) -> dict[str, Any]:
         """The report's facts."""
-        found: dict[str, Any] = json.loads((self.root / "night" / "report.json").read_text())
+        found: dict[str, Any] = json.loads((self.root / "batch" / "report.json").read_text())
         return found
 
     def jobs(self) -> dict[str, dict[str, Any]]:
@@ -77,21 +79,35 @@ class Night:
         return []
 
 
-def twelve(root: Path, captions: Path, small_model: Callable[[str], Path]) -> Night:
+def a_plan(output: Path | str = "/o", backend: str = "modelopt", work: Path | None = None, **changes: Any) -> JobPlan:
+    """The plan of a small calibrated job that does not exist."""
+    runtime = f"runtime: {{work_directory: {work}}}\n" if work is not None else ""
+    text = CALIBRATED.format(source="s", output=output, backend=backend, scheme=SCHEMES[backend], captions="embedded",
+                             samples=9)  # fmt: skip
+    plan = JobPlan(
+        recipe=recipes.parse(text + runtime), revision=None, to_fetch=0, verify="structure", source_bytes=10**9,
+        output_bytes=6 * 10**8, peak_memory=10**9, disk=7 * 10**8, scratch=0, stream_bytes=2 * 10**8,
+        layer_bytes=8 * 10**8, layers=10, tokens=10_000, batches=10, device="cpu", gpu=False, threads=2, done=0.0,
+        already=False,
+    )  # fmt: skip
+    return replace(plan, **changes)
+
+
+def twelve(root: Path, captions: Path, small_model: Callable[[str], Path]) -> BatchRun:
     """Twelve recipes: eight good ones, one of which is to be killed; a wrong one, a source that was cut, a result that
     vLLM refuses, and one that no drive can hold."""
-    night = Night(root, root / "recipes")
-    night.recipes.mkdir(parents=True)
+    run = BatchRun(root, root / "recipes")
+    run.recipes.mkdir(parents=True)
 
     def recipe(name: str, text: str) -> None:
-        (night.recipes / f"{name}.yaml").write_text(text)
+        (run.recipes / f"{name}.yaml").write_text(text)
 
     def plain(name: str, source: Path) -> None:
-        recipe(name, RECIPE.format(source=source, output=night.output(name)))
+        recipe(name, RECIPE.format(source=source, output=run.output(name)))
 
     def calibrated(name: str, source: Path, backend: str, more: str = "") -> None:
         text = CALIBRATED.format(
-            source=source, output=night.output(name), backend=backend, scheme=SCHEMES[backend], captions=captions,
+            source=source, output=run.output(name), backend=backend, scheme=SCHEMES[backend], captions=captions,
             samples=60,
         )  # fmt: skip
         recipe(name, text + more)
@@ -103,17 +119,17 @@ def twelve(root: Path, captions: Path, small_model: Callable[[str], Path]) -> Ni
     calibrated("tied", small_model("llama_tied"), "modelopt")
     calibrated("killed", small_model("qwen2_5_vl"), "modelopt")
     vllm = f"\nruntime: {{vllm_python: '{ROOT / '.venv-vllm' / 'bin' / 'python'}'}}\n"
-    text = RECIPE.format(source=small_model("qwen3"), output=night.output("refused-by-vllm"))
+    text = RECIPE.format(source=small_model("qwen3"), output=run.output("refused-by-vllm"))
     recipe("refused-by-vllm", text.replace("verify: structure", "verify: load") +
            "serve: {extra: {no-such-argument: 1}}" + vllm)  # fmt: skip
-    recipe("bad", RECIPE.format(source="nowhere", output=night.output("bad")).replace("fp8_dynamic", "fp9"))
+    recipe("bad", RECIPE.format(source="nowhere", output=run.output("bad")).replace("fp8_dynamic", "fp9"))
     short = make_plain_checkpoint(root / "sources" / "short")
     last = max(short.glob("*.safetensors"))
     os.truncate(last, last.stat().st_size - 100)
     plain("short", short)
     # beyond the whole drive, and what the test's cluster says of its nodes' drives
     plain("huge", with_a_hole(root / "sources" / "huge", shutil.disk_usage(root).total + 10**11))
-    return night
+    return run
 
 
 def with_a_hole(directory: Path, nbytes: int) -> Path:
@@ -130,17 +146,17 @@ def with_a_hole(directory: Path, nbytes: int) -> Path:
     return directory
 
 
-def kill_once(night: Night, name: str, kill: Callable[[int], None], seconds: float = 240) -> int:
+def kill_once(run: BatchRun, name: str, kill: Callable[[int], None], seconds: float = 240) -> int:
     """Wait until a job has finished a unit and begun its libraries' imports, then `kill` with its process's number."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        runs = night.runs(name)
-        journal = Path(f"{night.output(name)}.partial") / "quantize" / "journal.jsonl"
+        runs = run.runs(name)
+        journal = Path(f"{run.output(name)}.partial") / "quantize" / "journal.jsonl"
         if runs and journal.exists() and journal.read_bytes().count(b"\n") >= 2:
             kill(int(runs[-1]["pid"]))
             return int(runs[-1]["pid"])
         time.sleep(0.01)
-    raise AssertionError(f"{name} never came to its first unit:\n{night.said()}")
+    raise AssertionError(f"{name} never came to its first unit:\n{run.said()}")
 
 
 def sigkill(pid: int) -> None:
@@ -148,7 +164,7 @@ def sigkill(pid: int) -> None:
 
 
 def job_processes(root: Path) -> list[str]:
-    """The command lines of jobs of this night that still run."""
+    """The command lines of jobs of this run that still run."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -167,30 +183,30 @@ def wait_for(what: Callable[[], bool], seconds: float, why: str) -> None:
         time.sleep(0.05)
 
 
-def check(night: Night) -> None:
+def check(run: BatchRun) -> None:
     """What must hold of the twelve at the end, wherever they ran."""
-    report, jobs = night.report(), night.jobs()
+    report, jobs = run.report(), run.jobs()
     assert report["exit_status"] == 1 and report["ended"]
-    assert {name for name, job in jobs.items() if job["status"] == "published"} == BEST, night.said()
+    assert {name for name, job in jobs.items() if job["status"] == "published"} == BEST, run.said()
     for name, kind in WORST.items():
         assert jobs[name]["class"] == kind, jobs[name]
-        assert jobs[name]["status"] in ("failed", "refused") and not night.output(name).exists()
+        assert jobs[name]["status"] in ("failed", "refused") and not run.output(name).exists()
         assert jobs[name]["reason"] and jobs[name]["remedy"] and jobs[name]["resume"].startswith("quantize ")
         assert len(jobs[name]["attempts"]) <= 1, "never retried"
     assert "no-such-argument" in jobs["refused-by-vllm"]["reason"]
     assert any("no-such-argument" in line for line in jobs["refused-by-vllm"]["last_lines"])
     for name in BEST:
         job = jobs[name]
-        assert night.output(name).is_dir() and not Path(f"{night.output(name)}.partial").exists()
+        assert run.output(name).is_dir() and not Path(f"{run.output(name)}.partial").exists()
         assert job["attempts"] and job["attempts"][-1]["exit_status"] == 0 and job["verdict"]["passed"]
         assert job["seconds"] > 0 and job["forecast_s"] > 0 and job["peak_rss_bytes"] > 0
         for file in job["files"]:
-            assert (night.root / "night" / file["href"]).exists(), file
-    page = (night.root / "night" / "report.html").read_text()
+            assert (run.root / "batch" / file["href"]).exists(), file
+    page = (run.root / "batch" / "report.html").read_text()
     assert all(name in page for name in [*BEST, *WORST])
 
 
-if __name__ == "__main__":  # by hand: python -m tests.nights DIRECTORY, to look at the report
+if __name__ == "__main__":  # by hand: python -m tests.batch_runs DIRECTORY, to look at the report
     from tests import conftest, families
 
     root = Path(sys.argv[1]).absolute()

@@ -1,4 +1,4 @@
-"""Twelve jobs overnight: on this machine, and on a Ray cluster of three nodes, with the same end."""
+"""Twelve jobs, of which four cannot end well, on this machine and on a Ray cluster of three nodes: the same end."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from pathlib import Path
 import pytest
 
 from pipeline.events import read_events
-from tests import nights
+from tests import batch_runs
+from tests.batch_runs import BEST, BatchRun
 from tests.conftest import QUANTIZE, ROOT
-from tests.nights import BEST, Night
 
 pytestmark = pytest.mark.night
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, captions: Path, small_model: Callable[[str], Path]) -> Night:
+def local(tmp_path_factory: pytest.TempPathFactory, captions: Path, small_model: Callable[[str], Path]) -> BatchRun:
     """The twelve, ended on this machine: one job is killed, then the batch itself, and the same command goes on."""
     if not (ROOT / ".venv-vllm" / "bin" / "python").exists():
         pytest.skip("no .venv-vllm: bash scripts/setup_vllm.sh makes it")
-    night = nights.twelve(tmp_path_factory.mktemp("local"), captions, small_model)
+    run = batch_runs.twelve(tmp_path_factory.mktemp("local"), captions, small_model)
     hooks = (
         "--on-failure",
-        f'echo "$JOB_NAME: $JOB_CLASS" >> {night.root}/failures',
+        f'echo "$JOB_NAME: $JOB_CLASS" >> {run.root}/failures',
         "--on-finish",
-        f'echo "$BATCH_PUBLISHED of $BATCH_NAME, $BATCH_EXIT_STATUS" >> {night.root}/finished',
+        f'echo "$BATCH_PUBLISHED of $BATCH_NAME, $BATCH_EXIT_STATUS" >> {run.root}/finished',
     )
-    first = night.start(*hooks)
-    nights.kill_once(night, "killed", nights.sigkill)
-    nights.wait_for(lambda: len(night.runs("killed")) > 1, 120, "the killed job was not taken up again")
-    second = night.start(*hooks)
-    assert second.wait(60) == 1 and "running already" in night.said()
-    nights.wait_for(lambda: night.output("tied").with_name("tied.partial").exists(), 120, "tied did not begin")
+    first = run.start(*hooks)
+    batch_runs.kill_once(run, "killed", batch_runs.sigkill)
+    batch_runs.wait_for(lambda: len(run.runs("killed")) > 1, 120, "the killed job was not taken up again")
+    second = run.start(*hooks)
+    assert second.wait(60) == 1 and "running already" in run.said()
+    batch_runs.wait_for(lambda: run.output("tied").with_name("tied.partial").exists(), 120, "tied did not begin")
     first.kill()
     first.wait()
-    nights.wait_for(lambda: not nights.job_processes(night.root), 60, "jobs outlive their batch")
-    shown = subprocess.run([*QUANTIZE, "batch", "--status", night.root / "night"], capture_output=True, text=True)
+    batch_runs.wait_for(lambda: not batch_runs.job_processes(run.root), 60, "jobs outlive their batch")
+    shown = subprocess.run([*QUANTIZE, "batch", "--status", run.root / "batch"], capture_output=True, text=True)
     assert shown.returncode == 0 and "not running: it was killed or stopped" in shown.stdout
-    last = night.start(*hooks)
-    assert last.wait(300) == 1, night.said()
-    return night
+    last = run.start(*hooks)
+    assert last.wait(300) == 1, run.said()
+    return run
 
 
-def test_the_local_night(local: Night) -> None:
-    nights.check(local)
+def test_the_local_run(local: BatchRun) -> None:
+    batch_runs.check(local)
     killed = local.jobs()["killed"]
     assert any("SIGKILL" in note and "resumed where it stopped" in note for note in killed["notes"]), killed["notes"]
     first, *_, last = local.runs("killed")
@@ -57,18 +57,18 @@ def test_the_local_night(local: Night) -> None:
     assert "its batch was killed while it ran" in tied["notes"] and len(tied["attempts"]) == 2
 
 
-def test_finished_jobs_are_not_begun_again(local: Night) -> None:
+def test_finished_jobs_are_not_begun_again(local: BatchRun) -> None:
     """Each job was published by one attempt, whatever happened to the batch; the end is told once."""
-    events = [json.loads(line) for line in (local.root / "night" / "batch.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (local.root / "batch" / "batch.jsonl").read_text().splitlines()]
     published = [e["job"] for e in events if e["event"] == "status" and e["status"] == "published"]
     assert sorted(published) == sorted(BEST)
     assert [e["again"] for e in events if e["event"] == "batch"] == [False, True]
     failures = (local.root / "failures").read_text().splitlines()
-    assert sorted(failures) == sorted(f"{name}: {kind}" for name, kind in nights.WORST.items())
-    assert (local.root / "finished").read_text() == "8 of night, 1\n"
+    assert sorted(failures) == sorted(f"{name}: {kind}" for name, kind in batch_runs.WORST.items())
+    assert (local.root / "finished").read_text() == "8 of batch, 1\n"
 
 
-def test_the_next_night_begins_where_this_one_ended(local: Night) -> None:
+def test_the_next_run_begins_where_this_one_ended(local: BatchRun) -> None:
     """The ended batch, run again, does nothing over; the failed ones get a new chance, and the mended one is done."""
     before = {name: local.result(name) for name in BEST}
     times = {name: (local.output(name) / "config.json").stat().st_mtime_ns for name in BEST}
@@ -81,16 +81,16 @@ def test_the_next_night_begins_where_this_one_ended(local: Night) -> None:
     assert {name: local.result(name) for name in BEST} == before
 
 
-def test_the_night_on_a_cluster(
-    local: Night, tmp_path: Path, captions: Path, small_model: Callable[[str], Path]
+def test_the_run_on_a_cluster(
+    local: BatchRun, tmp_path: Path, captions: Path, small_model: Callable[[str], Path]
 ) -> None:
-    """Three nodes; the one that is in the middle of a job is lost. Results are the local night's, byte for byte."""
+    """Three nodes; the one that is in the middle of a job is lost. Results are the local run's, byte for byte."""
     from tests.ray_cluster import Cluster, skip_without_ray
 
     skip_without_ray()
-    night = nights.twelve(tmp_path / "ray", captions, small_model)
+    run = batch_runs.twelve(tmp_path / "ray", captions, small_model)
     with Cluster(tmp_path / "cluster", workers=2) as cluster:
-        process = night.start("--ray", cluster.address, env=cluster.environment)
+        process = run.start("--ray", cluster.address, env=cluster.environment)
         lost: list[str] = []
 
         def lose(pid: int) -> None:
@@ -98,18 +98,18 @@ def test_the_night_on_a_cluster(
             lost.append(node.name)
             node.kill()
 
-        nights.kill_once(night, "killed", lose)
-        assert process.wait(400) == 1, night.said()
-        assert not nights.job_processes(night.root)
-    nights.check(night)
-    killed = night.jobs()["killed"]
+        batch_runs.kill_once(run, "killed", lose)
+        assert process.wait(400) == 1, run.said()
+        assert not batch_runs.job_processes(run.root)
+    batch_runs.check(run)
+    killed = run.jobs()["killed"]
     assert len(lost) == 1 and any("was lost at" in note and "taken up at" in note for note in killed["notes"])
-    first, *_, last = night.runs("killed")
+    first, *_, last = run.runs("killed")
     assert first["done"] == 0 and last["done"] >= 1, "what was finished was done again"
     addresses = {node for node in ("127.0.0.3", "127.0.0.4") if any(node in note for note in killed["notes"])}
     assert len(addresses) == 2, "it went on at the other worker"
     for name in BEST:
-        assert night.result(name) == local.result(name), f"{name} differs"
+        assert run.result(name) == local.result(name), f"{name} differs"
 
 
 def test_a_cluster_is_left_in_order(tmp_path: Path, captions: Path, small_model: Callable[[str], Path]) -> None:
@@ -117,24 +117,24 @@ def test_a_cluster_is_left_in_order(tmp_path: Path, captions: Path, small_model:
     from tests.ray_cluster import Cluster, skip_without_ray
 
     skip_without_ray()
-    night = nights.twelve(tmp_path / "ray", captions, small_model)
-    for path in night.recipes.iterdir():
+    run = batch_runs.twelve(tmp_path / "ray", captions, small_model)
+    for path in run.recipes.iterdir():
         if path.stem not in ("killed", "plain2", "moe"):
             path.unlink()
     with Cluster(tmp_path / "cluster", workers=1) as cluster:
         wrong = tmp_path / "wrong"
         wrong.write_text("0" * 64)
-        stranger = night.start("--ray", cluster.address, env={**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+        stranger = run.start("--ray", cluster.address, env={**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong)})
         assert stranger.wait(120) == 1
-        assert "no Ray cluster answers" in night.said() and "Traceback" not in night.said()
-        process = night.start("--ray", cluster.address, env=cluster.environment)
-        nights.kill_once(night, "killed", lambda pid: os.kill(process.pid, signal.SIGTERM))
-        assert process.wait(120) == 75, night.said()
-        assert not nights.job_processes(night.root)
-        jobs = night.jobs()
+        assert "no Ray cluster answers" in run.said() and "Traceback" not in run.said()
+        process = run.start("--ray", cluster.address, env=cluster.environment)
+        batch_runs.kill_once(run, "killed", lambda pid: os.kill(process.pid, signal.SIGTERM))
+        assert process.wait(120) == 75, run.said()
+        assert not batch_runs.job_processes(run.root)
+        jobs = run.jobs()
         assert jobs["killed"]["status"] == "left" and jobs["killed"]["class"] == "interrupted"
-        events = list(read_events(Path(f"{night.output('killed')}.partial") / "quantize" / "events.jsonl"))
+        events = list(read_events(Path(f"{run.output('killed')}.partial") / "quantize" / "events.jsonl"))
         assert events[-1]["event"] == "interrupted", "it was not stopped cleanly"
-        again = night.start("--ray", cluster.address, env=cluster.environment)
-        assert again.wait(240) == 0, night.said()
-    assert len(night.runs("killed")) == 2 and night.runs("killed")[1]["done"] >= 1
+        again = run.start("--ray", cluster.address, env=cluster.environment)
+        assert again.wait(240) == 0, run.said()
+    assert len(run.runs("killed")) == 2 and run.runs("killed")[1]["done"] >= 1
