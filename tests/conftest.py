@@ -11,12 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pipeline.serving import server as servers
 from pipeline.serving.server import Server, Session
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from tests.machines import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -115,6 +119,14 @@ def all_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
     return found
 
 
+def value(entry: tuple[str, tuple[int, ...], bytes]) -> float:
+    """Of a tensor that holds one number."""
+    import torch
+
+    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
+    return float(torch.frombuffer(bytearray(entry[2]), dtype=kinds[entry[0]]).float().item())
+
+
 def weight_files(directory: Path) -> dict[str, bytes]:
     """What must be the same after any interruption: everything but the records of the runs themselves."""
     files = {
@@ -206,6 +218,36 @@ def mounted(tmp_path: Path) -> Iterator[Any]:
     yield mount
     for point in points:
         subprocess.run(["umount", "-l", point], check=True)
+
+
+# --- a machine for the doctor ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A healthy one; see tests/machines.py."""
+    from tests.machines import Machine
+
+    made = Machine(tmp_path / "machine")
+    monkeypatch.setenv(servers.VARIABLE, str(made.script(made.place / "vllm/python", "echo vllm 0.32.0")))
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe that needs no data, of a small source."""
+    from pipeline import recipe
+
+    def build(*overrides: str, source: Path | str | None = None, output: Path | str | None = None) -> Recipe:
+        if source is None:
+            source = tmp_path / "source"
+            if not source.exists():
+                make_plain_checkpoint(source)
+        text = RECIPE.format(source=f"'{source}'", output=f"'{output or tmp_path / 'results' / 'out'}'")
+        return recipe.parse(text, overrides=overrides)
+
+    return build
 
 
 # --- small models of transformers ---------------------------------------------------------------------

@@ -10,11 +10,9 @@ import pytest
 
 from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8, balance
 from pipeline.calibration.batches import make_batches
-from tests.conftest import damaged
-from tests.test_calibrate import value
-from tests.test_skeleton import build
+from tests.conftest import all_tensors, damaged, value
+from tests.layers import SEQUENCES, build
 
-SEQUENCES = [[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8, 9, 3], [4] * 70]
 UP = {"k_proj": 8, "o_proj": 7, "down_proj": 6}  # times 2^n, in weight and bias; the others against them
 DOWN = {"q_proj": 8, "v_proj": 7, "up_proj": 6}
 
@@ -188,8 +186,6 @@ def test_a_trap_keeps_its_precision(
 ) -> None:
     """Stock: q, v and up drown under one shared scale. Balanced: no weight is worse than in the model without trap."""
     import json
-
-    from tests.conftest import all_tensors
 
     original = small_model("qwen2_5_vl")
     source = damaged(original, tmp_path / "trap", trap)

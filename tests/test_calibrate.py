@@ -24,7 +24,9 @@ from tests.conftest import (
     all_tensors,
     assert_one_clear_line,
     damaged,
+    make_plain_checkpoint,
     read_shard,
+    value,
     weight_files,
     write_shard,
 )
@@ -33,13 +35,6 @@ from tests.conftest import (
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
     lines = (output / "quantize" / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def value(entry: tuple[str, tuple[int, ...], bytes]) -> float:
-    import torch
-
-    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
-    return float(torch.frombuffer(bytearray(entry[2]), dtype=kinds[entry[0]]).float().item())
 
 
 def true_ranges(source: Path, text: str) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
@@ -439,8 +434,6 @@ def test_a_tokenizer_of_another_model(
 
 
 def test_no_attention_no_cache(tmp_path: Path, captions: Path) -> None:
-    from tests.conftest import make_plain_checkpoint
-
     source = make_plain_checkpoint(tmp_path / "source")
     for path in source.glob("*.safetensors"):
         header, data = read_shard(path)

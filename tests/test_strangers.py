@@ -16,8 +16,7 @@ from pipeline.checkpoint.source import open_checkpoint
 from pipeline.serving.server import Session
 from pipeline.serving.structure import check_structure
 from pipeline.serving.verify import verify
-from tests.test_verify import drop, edit_config, rewrite, section
-from tests.test_verify_cache import both, put
+from tests.damage import both, drop, edit_config, put, rewrite, section
 
 pytestmark = pytest.mark.vllm
 Q = "model.language_model.layers.0.self_attn.q_proj"

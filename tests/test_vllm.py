@@ -23,8 +23,7 @@ from pipeline.serving.structure import Report, check_structure
 from pipeline.serving.verdict import judge_load
 from pipeline.serving.verify import _load_job, verify
 from tests.conftest import QUANTIZE, SCHEMES, SHARED
-from tests.test_verify import drop, edit_config, rename, reshape, rewrite, section
-from tests.test_verify_cache import all_of, both, put
+from tests.damage import all_of, both, drop, edit_config, put, rename, reshape, rewrite, section
 
 pytestmark = pytest.mark.vllm
 L0, L1 = "model.language_model.layers.0", "model.language_model.layers.1"
