@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.serving import server as servers
 from pipeline.serving.server import Server, Session
+from tests.warm import Warm
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 QUANTIZE = [sys.executable, "-m", "pipeline"]
+HEAVY = ("torch", "transformers", "modelopt.torch.quantization", "modelopt.torch.export")
 
 RECIPE = """\
 model:
@@ -35,6 +37,19 @@ scheme: fp8_dynamic
 kv_cache: none
 verify: structure
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true",
+        help="repeat what is repeated as often as it takes to be sure, and at full size: kills, and gigabytes",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether repetitions and full sizes are wanted."""
+    return bool(request.config.getoption("--long"))
 
 
 def pytest_configure() -> None:
@@ -79,6 +94,23 @@ def quantize() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Runs the command line as a process that has torch and the quantizers imported already: see tests/warm.py.
+
+    For runs that calibrate, whose imports take longer than all else. What takes no time to import runs in `quantize`.
+    """
+    with Warm("pipeline.runner", "pipeline.smoke", *HEAVY) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def peers() -> Iterator[Warm]:
+    """Runs code in processes that have the quantizers' own tools imported already."""
+    with Warm(*HEAVY, "llmcompressor", "llmcompressor.modifiers.quantization") as running:
+        yield running
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
@@ -269,6 +301,42 @@ def session(server: Server) -> Iterator[Session]:
     """One process of vLLM for all tests that verify; its imports take seconds."""
     with Session(server) as running:
         yield running
+
+
+@pytest.fixture
+def quantize_here(session: Session, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in this process, with the one vLLM that is running instead of another start each time."""
+    from click.testing import CliRunner
+
+    from pipeline import runner, smoke
+    from pipeline.cli import main
+
+    class Running:
+        """As a `Session` that is started, and ends, with a run."""
+
+        def __init__(self, server: Server) -> None:
+            assert server == session.server
+
+        def __enter__(self) -> Session:
+            return session
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def begin(self) -> Running:
+            return self
+
+    for module in (runner, smoke):
+        monkeypatch.setattr(module, "Session", Running)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        done = CliRunner().invoke(main, words, prog_name="quantize")
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")
