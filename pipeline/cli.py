@@ -66,15 +66,15 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--keep", is_flag=True, help="With --smoke: leave the truncated source and result to look at.")
 def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bool, keep: bool) -> None:
     """Convert a checkpoint as RECIPE says (the word `run` may be left out)."""
-    from pipeline import recipe as recipes
-    from pipeline import runner
+    from pipeline.recipe import recipe as recipes
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     console = Console()
     if smoke and fresh:
         _fail(UsageError("--fresh: it belongs to a whole run; --smoke never touches the output"))
     if smoke:
-        from pipeline import smoke as smokes
+        from pipeline.run import smoke as smokes
 
         done = _guarded(lambda: smokes.smoke(recipes.load(recipe, overrides), console, keep), NOTHING_KEPT)
         console.show_smoke(done)
@@ -95,26 +95,28 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON: every tensor, every place.")
 def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show every tensor's fate, the output's shards and the memory needed, from headers alone."""
-    from pipeline import plan as plans
-    from pipeline import recipe as recipes
-    from pipeline import runner
     from pipeline.checkpoint import hub
+    from pipeline.plan import plan as plans
+    from pipeline.recipe import recipe as recipes
+    from pipeline.report.plan import as_json
+    from pipeline.run import runner
+    from pipeline.verify.verify import find_environment, how_verified
 
     def make() -> tuple[plans.Plan, Any]:
         wanted = recipes.load(recipe, overrides)
         made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
         runner.preflight(made)
-        return made, runner.find_server(wanted)
+        return made, find_environment(wanted)
 
     made, server = _guarded(make)
     if as_json:
-        click.echo(json.dumps(plans.as_json(made)))
+        click.echo(json.dumps(as_json(made)))
         return
     from pipeline.report.console import Console
 
     console = Console()
     console.show_plan_table(made)
-    console.say(runner.how_verified(made.recipe, server))
+    console.say(how_verified(made.recipe, server))
 
 
 @main.command()
@@ -140,7 +142,9 @@ def verify(
     """
     from pipeline.checkpoint import hub
     from pipeline.report.console import Console
-    from pipeline.serving import server, verify
+    from pipeline.verify import verify
+    from pipeline.vllm_env import environment as server
+    from pipeline.vllm_env.worker import VllmWorker
 
     console = Console()
 
@@ -148,7 +152,7 @@ def verify(
         found = None if level == "structure" else server.find(vllm_python, "--vllm-python")
         original = hub.resolve(source, revision) if source else None
         say = (lambda text: None) if as_json else console.say
-        with server.Session(found) if found is not None else nullcontext() as session:
+        with VllmWorker(found) if found is not None else nullcontext() as session:
             return verify.verify(checkpoint, original, cast(verify.Level, level), session, contents=True, say=say)
 
     report = _guarded(check, NOTHING_KEPT)
@@ -203,7 +207,7 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
     the run would not work here.
     """
     from pipeline import doctor as doctors
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
 
     def look() -> list[doctors.Finding]:
         return doctors.examine(recipes.load(recipe, overrides) if recipe is not None else None)
@@ -236,7 +240,7 @@ def trace(checkpoint: Path, output: Path) -> None:
 @main.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from pipeline.recipe import json_schema
+    from pipeline.recipe.recipe import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 

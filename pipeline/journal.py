@@ -18,7 +18,8 @@ from typing import Any
 
 from pipeline.checkpoint.writer import sync_directory
 from pipeline.errors import Busy, OtherRun, UsageError
-from pipeline.plan import differences, differing
+
+pass
 
 JOURNAL = "quantize/journal.jsonl"
 LOCK = "quantize/lock"

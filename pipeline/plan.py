@@ -25,20 +25,15 @@ from pipeline.backends.llmcompressor import FP8Dynamic, FP8DynamicKV
 from pipeline.backends.modelopt import ModelOptFP8
 from pipeline.calibration.batches import Batches, make_batches, tokenize
 from pipeline.calibration.captions import CaptionSet, load_captions
-from pipeline.calibration.machine import Device, Needs, Place, choose_device, choose_place, import_libraries
+from pipeline.calibration.placement import Device, Needs, Place, choose_device, choose_place, import_libraries
+from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import DiskFull, TooLarge, UsageError
-from pipeline.model.selection import (
-    REASONS,
-    ExpertLayout,
-    IgnoreList,
-    Selection,
-    attention_prefix,
-    expert_modules,
-    select,
-    text_config,
-)
-from pipeline.recipe import Calibration, Recipe, not_yet_built, parse_size
+from pipeline.model.ignore import IgnoreList
+from pipeline.model.selection import REASONS, ExpertLayout, Selection, attention_prefix, expert_modules, select
+from pipeline.recipe.recipe import Recipe, not_yet_built
+from pipeline.recipe.sections import Calibration
+from pipeline.units import parse_size
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost

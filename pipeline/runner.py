@@ -18,9 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
-from pipeline.calibration.hidden import Scratch
-from pipeline.calibration.layers import Calibrated, run_layers
 from pipeline.checkpoint import hub, sidecars
+from pipeline.checkpoint.result import FILES, LOCK
 from pipeline.checkpoint.source import read_json
 from pipeline.checkpoint.writer import lost_shards, publish, sync_all, sync_directory, write_file
 from pipeline.errors import (
@@ -33,18 +32,26 @@ from pipeline.errors import (
     from_os_error,
     is_out_of_memory,
 )
-from pipeline.events import EventLog, layer_timings, peak_rss_bytes, read_events
-from pipeline.journal import LOCK, Journal, discard, read_identity
-from pipeline.plan import Plan, check_disk, differences, differing, make_plan, size_text
+from pipeline.events import EventLog, layer_timings, read_events
+from pipeline.journal import Journal, differences, differing, discard, read_identity
+from pipeline.machine.memory import peak_rss_bytes
+from pipeline.plan.disk import check_disk
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.report import calibration as calibration_report
+from pipeline.run.finalize import write_config, write_index
 from pipeline.serving import profile
-from pipeline.serving.server import HOW_TO_GET, Server, Session, find
-from pipeline.serving.structure import Report
 from pipeline.serving.verify import verify
-from pipeline.stream import Totals, run_stream, take_back_lost_units
+from pipeline.stream.data_free import run_stream, take_back_lost_units
+from pipeline.stream.hidden import Scratch
+from pipeline.stream.layers import run_layers
+from pipeline.stream.totals import Calibrated, Totals
+from pipeline.units import size_text
+from pipeline.verify.report import Report
+from pipeline.vllm_env.environment import HOW_TO_GET, Server, find
+from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
     from pipeline.report.console import Console
 
 T = TypeVar("T")
@@ -182,7 +189,7 @@ def _published(plan: Plan, output: Path, console: Console) -> Outcome:
         VerificationFailed: the result does not pass what it was not asked to pass before, or has failed what is not
             asked now.
     """
-    changed = sidecars.changed_files(output) if (output / sidecars.FILES).exists() else []
+    changed = sidecars.changed_files(output) if (output / FILES).exists() else []
     if changed:
         raise PipelineError(f"{output}: {changed[0]}; put it back, or make the result again with --fresh")
     server = find_server(plan.recipe)
@@ -220,7 +227,7 @@ def _prove_further(
     path, far = output / VERDICT, _asked(before) >= LEVELS.index(plan.recipe.verify)
     if before.get("passed") and (plan.recipe.verify == "structure" or server is None or (far and before.get("vllm"))):
         return None
-    with Session(server) if server is not None else nullcontext() as session:
+    with VllmWorker(server) if server is not None else nullcontext() as session:
         report = verify(output, plan.checkpoint, plan.recipe.verify, session, say=console.say)
     report.checkpoint = output.name
     _work(f"writing {path}", lambda: write_file(path, _json(report.as_json())))
@@ -243,7 +250,7 @@ def _write_profile(plan: Plan, output: Path, console: Console, server: Server | 
         return
     said = "" if server is None else f", which {server.name} takes"
     if server is not None:
-        with Session(server) as session:
+        with VllmWorker(server) as session:
             answer = _hold_against(session, text, output)
         if answer["error"]:
             said = f"; it was not held against {server.name}: {answer['error']}"
@@ -253,7 +260,7 @@ def _write_profile(plan: Plan, output: Path, console: Console, server: Server | 
     console.say(f"{path}: written anew, as the recipe's serve section now says{said}")
 
 
-def _hold_against(session: Session, text: str, checkpoint: Path) -> dict[str, Any]:
+def _hold_against(session: VllmWorker, text: str, checkpoint: Path) -> dict[str, Any]:
     """A profile against the arguments of a vLLM; see in_vllm/arguments.py. Of the checkpoint the config is read."""
     with tempfile.TemporaryDirectory(prefix="profile-") as place:
         path = Path(place) / Path(profile.FILE).name
@@ -275,7 +282,7 @@ def _profile_in_time(plan: Plan, server: Server | None) -> Iterator[Callable[[],
     text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
     with ThreadPoolExecutor(1, thread_name_prefix="profile") as beside, ExitStack() as running:
         # begun here: Linux ends vLLM's process with the thread that started it
-        session = running.enter_context(Session(server)).begin()
+        session = running.enter_context(VllmWorker(server)).begin()
         asked = beside.submit(_hold_against, session, text, plan.checkpoint.root)
 
         def look() -> None:
@@ -328,7 +335,7 @@ def _convert(
         totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
         log.write("streamed", **vars(totals))
         _work(f"writing to {partial}", lambda: _seal(plan, journal, log))
-        with Session(server) if server is not None else nullcontext() as session:
+        with VllmWorker(server) if server is not None else nullcontext() as session:
             report = verify(partial, plan.checkpoint, plan.recipe.verify, session, say=console.say)
         report.checkpoint = Path(plan.recipe.output).name  # as it will be called
         _work(f"writing to {partial}", lambda: _record_verdict(partial, report, log))
@@ -360,7 +367,7 @@ def _written_again(plan: Plan, journal: Journal) -> int:
 
 def _seal(plan: Plan, journal: Journal, log: EventLog) -> None:
     """Everything beside the weights; config.json and the index last, so that nothing looks whole before it is."""
-    from pipeline.recipe import recipe_yaml
+    from pipeline.recipe.recipe import recipe_yaml
     from pipeline.report.card import model_card
 
     partial = journal.partial
@@ -372,8 +379,8 @@ def _seal(plan: Plan, journal: Journal, log: EventLog) -> None:
     write_file(partial / "quantize" / "layers.json", _json(_layers(partial)))
     if plan.calibration is not None:
         write_file(partial / "quantize" / "calibration.json", _json(calibration_report.as_json(plan, journal)))
-    sidecars.write_config(plan, partial)
-    sidecars.write_index(plan, partial)
+    write_config(plan, partial)
+    write_index(plan, partial)
     sync_all(path for path in partial.rglob("*") if path.is_file())
     sync_directory(partial)
     log.write("sealed", bytes=plan.output_nbytes)

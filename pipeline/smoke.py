@@ -21,21 +21,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import runner
-from pipeline.calibration.machine import import_libraries
+from pipeline.calibration.placement import import_libraries
 from pipeline.checkpoint import hub
+from pipeline.checkpoint.config import text_config
+from pipeline.checkpoint.result import places
 from pipeline.checkpoint.source import INDEX, Checkpoint, Tensor
-from pipeline.doctor.drives import measure_read, nearest
 from pipeline.errors import DiskFull, Interrupted, PipelineError, UsageError, VerificationFailed, from_os_error
 from pipeline.events import read_events
-from pipeline.model.selection import select, text_config
-from pipeline.plan import Plan, make_plan, size_text
-from pipeline.serving.server import Session
-from pipeline.serving.structure import Report, check_structure
+from pipeline.machine.drives import measure_read, nearest
+from pipeline.model.selection import select
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.report.outcome import Outcome
+from pipeline.run import runner
 from pipeline.serving.verify import verify
+from pipeline.units import size_text
+from pipeline.verify.report import Report
+from pipeline.verify.structure import check_structure
+from pipeline.verify.verify import find_environment, how_verified
+from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
     from pipeline.report.console import Console
 
 LAYERS, SAMPLES, MAX_LENGTH = 2, 32, 512
@@ -99,9 +105,9 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
     """
     begin = time.monotonic()
     whole = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
-    server = runner.find_server(recipe)
+    server = find_environment(recipe)
     # vLLM's imports take seconds, and so do the plan's and the copy
-    with Session(server).begin() if server is not None else nullcontext() as session:
+    with VllmWorker(server).begin() if server is not None else nullcontext() as session:
         plan = make_plan(recipe, whole)
         refusals = []
         try:
@@ -120,7 +126,7 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
 
 
 def _in(
-    place: Path, recipe: Recipe, plan: Plan, kept: list[Tensor], session: Session | None, console: Console
+    place: Path, recipe: Recipe, plan: Plan, kept: list[Tensor], session: VllmWorker | None, console: Console
 ) -> tuple[Report, Forecast | None]:
     layers = layers_to_keep(plan)
     shards = {plan.checkpoint.shards[tensor.shard].name for tensor in kept}
@@ -139,13 +145,13 @@ def _in(
     try:
         outcome = runner.run(small, console, announce=False)
     except VerificationFailed:  # it says where the result stays, which here is for `_lent` to decide
-        report = check_structure(runner.places(small)[1], hub.resolve(small.model.source, None))
+        report = check_structure(places(small)[1], hub.resolve(small.model.source, None))
         report.checkpoint = Path(recipe.output).name
         return report, None
     assert outcome.report is not None
     report = outcome.report
     if session is None:
-        console.say(runner.how_verified(recipe, None))
+        console.say(how_verified(recipe, None))
     else:
         later = "; verify: generate is for the whole run" if recipe.verify == "generate" else ""
         console.say(f"verify: load, and a short answer of the engine, in {session.server.name}{later}")
@@ -166,7 +172,7 @@ def _parent(recipe: Recipe, plan: Plan) -> Path:
     """
     wanted = recipe.runtime.work_directory
     # OUTPUT's own parents are the whole run's to make
-    parent = nearest(Path(wanted).expanduser() if wanted else runner.places(recipe)[0].parent)
+    parent = nearest(Path(wanted).expanduser() if wanted else places(recipe)[0].parent)
     root, target = plan.checkpoint.root.resolve(), parent.resolve()
     if target == root or root in target.parents:
         key = "runtime.work_directory" if wanted else "output"
@@ -432,7 +438,7 @@ def truncated_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
 # --- forecast ----------------------------------------------------------------------------------------
 
 
-def _forecast(plan: Plan, outcome: runner.Outcome, reading: float, imports: float) -> Forecast:
+def _forecast(plan: Plan, outcome: Outcome, reading: float, imports: float) -> Forecast:
     """Scale what was measured: bytes by the rates seen, forwards by batches and tokens, layers by their number.
 
     Reading is counted at no more than the drive's own rate: the truncated source was still in the page cache.

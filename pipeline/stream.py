@@ -23,9 +23,11 @@ from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refus
 from pipeline.checkpoint.source import DTYPE_BYTES, SourceError
 from pipeline.checkpoint.writer import ShardWriter, lost_shards
 from pipeline.errors import Interrupted
-from pipeline.events import EventLog, rss_bytes
+from pipeline.events import EventLog
 from pipeline.journal import Digest, Journal
-from pipeline.plan import Piece, Plan
+from pipeline.machine.memory import rss_bytes
+from pipeline.plan.layout import Piece
+from pipeline.plan.plan import Plan
 
 Span = tuple[float, float]
 READ_AHEAD_BYTES = 64 << 20

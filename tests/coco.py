@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from pipeline.recipe.sections import Calibration
 
 from calib_data.__main__ import main as builder
 from pipeline.calibration.captions import CaptionSet, load_captions
 from pipeline.errors import UsageError
-from pipeline.recipe import Calibration
 
 ROWS = [{"image_id": image, "id": 5 * image + n, "caption": f"Caption {n} of image {image}."}
         for image in range(20) for n in range(5)]  # fmt: skip

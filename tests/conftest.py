@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.worker import VllmWorker
 
-from pipeline.serving import server as servers
-from pipeline.serving.server import Server, Session
 from tests.warm import Warm
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
+
     from tests.machines import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +104,7 @@ def warm() -> Iterator[Warm]:
 
     For runs that calibrate, whose imports take longer than all else. What takes no time to import runs in `quantize`.
     """
-    with Warm("pipeline.runner", "pipeline.smoke", *HEAVY) as running:
+    with Warm("pipeline.run.runner", "pipeline.run.smoke", *HEAVY) as running:
         yield running
 
 
@@ -269,7 +271,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.fixture
 def recipe_of(tmp_path: Path) -> Callable[..., Recipe]:
     """A recipe that needs no data, of a small source."""
-    from pipeline import recipe
+    from pipeline.recipe import recipe
 
     def build(*overrides: str, source: Path | str | None = None, output: Path | str | None = None) -> Recipe:
         if source is None:
@@ -297,27 +299,29 @@ def server() -> Server:
 
 
 @pytest.fixture(scope="session")
-def session(server: Server) -> Iterator[Session]:
+def session(server: Server) -> Iterator[VllmWorker]:
     """One process of vLLM for all tests that verify; its imports take seconds."""
-    with Session(server) as running:
+    with VllmWorker(server) as running:
         yield running
 
 
 @pytest.fixture
-def quantize_here(session: Session, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+def quantize_here(
+    session: VllmWorker, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in this process, with the one vLLM that is running instead of another start each time."""
     from click.testing import CliRunner
+    from pipeline.run import runner, smoke
 
-    from pipeline import runner, smoke
     from pipeline.cli import main
 
     class Running:
-        """As a `Session` that is started, and ends, with a run."""
+        """As a `VllmWorker` that is started, and ends, with a run."""
 
         def __init__(self, server: Server) -> None:
             assert server == session.server
 
-        def __enter__(self) -> Session:
+        def __enter__(self) -> VllmWorker:
             return session
 
         def __exit__(self, *error: object) -> None:
@@ -327,7 +331,7 @@ def quantize_here(session: Session, monkeypatch: pytest.MonkeyPatch) -> Callable
             return self
 
     for module in (runner, smoke):
-        monkeypatch.setattr(module, "Session", Running)
+        monkeypatch.setattr(module, "VllmWorker", Running)
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = [str(argument) for argument in arguments]
@@ -394,7 +398,9 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def convert(captions: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run a recipe in this process and return the published directory."""
 
-    from pipeline import recipe, runner
+    from pipeline.run import runner
+
+    from pipeline.recipe import recipe
     from pipeline.report.console import Console
 
     def run(source: Path, backend: str, name: str = "out", more: str = "", samples: int = 20, **values: Any) -> Path:

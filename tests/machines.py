@@ -6,8 +6,10 @@ import re
 import tomllib
 from pathlib import Path
 
-from pipeline import doctor, recipe
-from pipeline.doctor.system import Finding
+from pipeline.doctor.finding import Finding
+
+from pipeline import doctor
+from pipeline.recipe import recipe
 from tests.conftest import ROOT
 
 GIB = 1 << 30

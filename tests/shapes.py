@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import recipe
+from pipeline.recipe import recipe
 from pipeline.serving import profile
 
 # Qwen3-8B's and Qwen3-VL-32B's public numbers

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.machine.processes import oom_kills
 
 from pipeline.batch import command, forecast, ledger, manifest
 from pipeline.batch.executor import Local, how_ended
 from pipeline.batch.job import Ending
 from pipeline.batch.manifest import Job
 from pipeline.batch.planning import Facts, Refusal, plan_all
-from pipeline.batch.processes import oom_kills
 from pipeline.batch.progress import Follower
 from pipeline.errors import PipelineError, UsageError
 from tests import nights
@@ -250,7 +250,7 @@ def test_plans(tmp_path: Path, captions: Path, small_model: Callable[[str], Path
     assert good.layers == 0 and good.tokens == 0 and not good.gpu and 0 < good.read_bytes < good.source_bytes
     assert calibrated.layers == 3 and calibrated.tokens > 0 and calibrated.gpu
     assert 0 < calibrated.read_bytes + calibrated.layer_bytes < calibrated.source_bytes, "headers are no work"
-    from pipeline import recipe
+    from pipeline.recipe import recipe
 
     assert Path(recipe.parse(good.text).output).is_absolute() and recipe.parse(good.text).model.source == str(plain)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.units import duration_text
 
 from pipeline.report import batch
 
@@ -378,7 +379,7 @@ def test_figures_that_are_missing_leave_no_trace() -> None:
      (7169, "119 min"), (7171, "2 h 00 min"), (27720, "7 h 42 min"), (10790, "3 h 00 min"), (100000, "27 h 47 min")],
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
-    assert batch.duration_text(seconds) == text
+    assert duration_text(seconds) == text
 
 
 def test_the_json_is_the_report_and_both_are_written_whole(tmp_path: Path) -> None:

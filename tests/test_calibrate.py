@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.formats.kv_scales import bf16_up, cache_scale
+from pipeline.plan.plan import make_plan
 
-from pipeline import recipe
-from pipeline.calibration.scales import bf16_up, cache_scale
 from pipeline.checkpoint import hub
 from pipeline.errors import PipelineError, UsageError
-from pipeline.plan import make_plan
+from pipeline.recipe import recipe
 from tests.conftest import (
     CALIBRATED,
     SCHEMES,
@@ -344,7 +344,7 @@ def test_hidden_states_that_cannot_be_saved_do_not_end_a_run(
 ) -> None:
     import errno
 
-    from pipeline.calibration import hidden, layers
+    from pipeline.stream import hidden, layers
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

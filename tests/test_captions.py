@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline.recipe.sections import Calibration
 
-from pipeline import recipe
 from pipeline.calibration import captions as module
 from pipeline.calibration.captions import Caption, choose, normalize
 from pipeline.errors import UsageError
-from pipeline.recipe import Calibration
+from pipeline.recipe import recipe
 from tests.coco import ROWS, build, coco, error, load
 from tests.conftest import ROOT
 

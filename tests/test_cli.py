@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env.worker import JOBS
 
 from pipeline.errors import UsageError
-from pipeline.serving import server as servers
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
 
 
@@ -201,7 +202,7 @@ def test_a_session_does_not_outlive_who_started_it(gone: str, tmp_path: Path) ->
     place.mkdir()
     parent = ended.pid if gone == "parent" else os.getpid()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "vllms")}
-    with subprocess.Popen([sys.executable, servers.JOBS, place, str(parent)], env=environment) as session:
+    with subprocess.Popen([sys.executable, JOBS, place, str(parent)], env=environment) as session:
         if gone == "directory":
             with pytest.raises(subprocess.TimeoutExpired):
                 session.wait(timeout=1)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.checkpoint.result import JOURNAL
 
-from pipeline.journal import JOURNAL
 from tests.conftest import QUANTIZE, ROOT, all_tensors, assert_one_clear_line, make_plain_checkpoint
 
 pytestmark = pytest.mark.mount

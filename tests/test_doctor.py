@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.machine.system import System
+from pipeline.vllm_env.environment import VARIABLE
 
-from pipeline import doctor, recipe
+from pipeline import doctor
 from pipeline.doctor import libraries
-from pipeline.doctor.system import System
 from pipeline.errors import UsageError
-from pipeline.serving.server import VARIABLE
+from pipeline.recipe import recipe
 from tests.machines import GIB, Machine, says
 
 # --- healthy -----------------------------------------------------------------------------------------
@@ -228,7 +229,8 @@ def test_what_the_run_would_refuse(machine: Machine, recipe_of: Any, tmp_path: P
 
 
 def test_a_result_that_is_there(machine: Machine, recipe_of: Any) -> None:
-    from pipeline import runner
+    from pipeline.run import runner
+
     from pipeline.report.console import Console
 
     wanted = recipe_of()

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.vllm_env.environment import VARIABLE
 
-from pipeline import recipe
-from pipeline.serving.server import VARIABLE
+from pipeline.recipe import recipe
 from tests.conftest import CALIBRATED
 from tests.machines import H200, WSL2, Machine, says
 

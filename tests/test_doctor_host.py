@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.machine.drives import Rate
 
 from pipeline import doctor
 from pipeline.doctor import drives
@@ -276,7 +277,7 @@ def test_too_little_room(machine: Machine, recipe_of: Any, tmp_path: Path) -> No
 
 def test_measured_rates_as_sentences(tmp_path: Path) -> None:
     use = drives.Use("output", tmp_path, "output", True, reads=None, needs=10**10)
-    fast, slow = drives.Rate(2 * 10**9, 1.0), drives.Rate(10**8, 1.0)
+    fast, slow = Rate(2 * 10**9, 1.0), Rate(10**8, 1.0)
     says(drives.judge(use, fast, fast), "ok", "writes 2 GB/s (about 5 s for 10 GB), reads 2 GB/s, measured")
     says(
         drives.judge(use, slow, fast), "note", "writes 100 MB/s", "it sets the pace", remedy="a faster drive for output"

@@ -20,7 +20,8 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # on a GPU it chooses kernels
 import torch, transformers
 import modelopt.torch.quantization as mtq
 from modelopt.torch.export import export_hf_checkpoint
-from pipeline import recipe, plan
+from pipeline.recipe import recipe
+from pipeline.plan import plan
 from pipeline.checkpoint import hub
 recipe_file, target = sys.argv[1:]
 wanted = recipe.load(recipe_file)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.checkpoint.result import JOURNAL
+from pipeline.plan.layout import UNIT_BYTES
 
-from pipeline.journal import JOURNAL
-from pipeline.plan import UNIT_BYTES
 from tests.conftest import QUANTIZE, ROOT
 
 pytestmark = pytest.mark.kill

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.checkpoint.result import JOURNAL
 
-from pipeline.journal import JOURNAL
 from tests.conftest import CALIBRATED, SCHEMES, SHARED
 from tests.warm import Process, Warm
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pipeline.calibration.placement import Device, Needs, choose_place
+from pipeline.machine.memory import available_memory
 
-from pipeline.calibration import machine
-from pipeline.calibration.machine import Device, Needs, available_memory, choose_place
+from pipeline.calibration import placement as machine
 from pipeline.errors import PipelineError, UsageError
 
 GB = 10**9

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from pipeline import plan as plans
-from pipeline import recipe as recipes
 from pipeline.checkpoint.source import DTYPE_BYTES, open_checkpoint
 from pipeline.errors import UsageError
 from pipeline.model.selection import select
+from pipeline.plan import plan as plans
+from pipeline.recipe import recipe as recipes
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env.worker import VllmWorker
 
-from pipeline import recipe
 from pipeline.errors import UsageError
+from pipeline.recipe import recipe
 from pipeline.serving import profile
-from pipeline.serving import server as servers
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
 from tests.shapes import SHAPES, TEXT, VISION, made
 
@@ -290,7 +291,7 @@ def test_the_shares_of_the_shared_gpu_leave_room() -> None:
 
 
 @pytest.mark.vllm
-def test_what_vllm_reads_of_a_profile(tmp_path: Path, session: servers.Session) -> None:
+def test_what_vllm_reads_of_a_profile(tmp_path: Path, session: VllmWorker) -> None:
     """And what it would pass over in silence."""
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
@@ -348,7 +349,8 @@ def test_without_vllm_the_structure_is_checked_and_said_so(
 ) -> None:
     import json
 
-    from pipeline import runner
+    from pipeline.run import runner
+
     from pipeline.report.console import Console
 
     monkeypatch.setattr(servers, "default_place", lambda: tmp_path / "none")

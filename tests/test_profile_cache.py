@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.recipe.sections import Serve
+from pipeline.vllm_env import environment as servers
 
-from pipeline import recipe
 from pipeline.errors import UsageError
 from pipeline.serving import profile
-from pipeline.serving import server as servers
 from tests.shapes import SHAPES, TEXT, VISION, made
 
 
@@ -48,7 +48,7 @@ def test_the_cache_of_models_as_the_hub_has_them(name: str) -> None:
     assert profile.cache_bytes_per_token(config, 2) == 2 * layers * kv_heads * head
     halved = kv_heads if kv_heads == 1 else kv_heads // 2  # one head, or one latent vector, is whole on every GPU
     assert profile.cache_bytes_per_token(config, 1, parallel=2) == layers * halved * head
-    cache = profile.fit(recipe.Serve(gpu_memory="40GB"), config, 10**9, True).cache
+    cache = profile.fit(Serve(gpu_memory="40GB"), config, 10**9, True).cache
     assert (cache.full, cache.sliding, cache.layer) == (layers - windows, windows, kv_heads * head)
     assert made(config, "{gpu_memory: 80GB}")["max-model-len"] == min(positions, 32768)
     with pytest.raises(UsageError, match=rf"the model has {positions:,} positions"):
@@ -61,23 +61,23 @@ def test_layers_with_a_window_keep_the_window() -> None:
     """Gemma 3 27B in FP8: 10 layers keep all, 52, in six groups of ten, the window and two steps on their way."""
     page = 16 * 16 * 256  # tokens of a block, KV heads, keys and values
     for gpu, step in (("40GB", 2048), ("80GB", 8192), ("190GB", 16384)):
-        cache = profile.fit(recipe.Serve(gpu_memory=gpu), SHAPES["gemma3_27b"], 10**9, True).cache
+        cache = profile.fit(Serve(gpu_memory=gpu), SHAPES["gemma3_27b"], 10**9, True).cache
         kept = 1024 - 1 + 2 * step
         assert cache.kept == kept
         assert cache.sequence(65536) == page * (10 * 4096 + 60 * (-(-kept // 16) + 1))
         assert cache.sequence(512) == page * (10 * 32 + 60 * 33)
     room = cache.sequence(65536)
     assert cache.longest(room, 131072) == 65536 and cache.longest(room - 1, 131072) == 65520
-    serve = recipe.Serve(extra={"max-num-batched-tokens": 512})
+    serve = Serve(extra={"max-num-batched-tokens": 512})
     assert profile.fit(serve, SHAPES["gemma3_27b"], 10**9, True).cache.kept == 1023 + 1024
-    serve = recipe.Serve(extra={"disable-hybrid-kv-cache-manager": True})
+    serve = Serve(extra={"disable-hybrid-kv-cache-manager": True})
     assert profile.fit(serve, SHAPES["gemma3_27b"], 10**9, True).cache.sequence(1600) == 1600 * 62 * 16 * 256
     mistral = {**TEXT, "sliding_window": 4096, "model_type": "mistral"}
-    cache = profile.fit(recipe.Serve(), mistral, 10**9, True).cache
+    cache = profile.fit(Serve(), mistral, 10**9, True).cache
     assert (cache.full, cache.sliding) == (0, 36)
-    assert profile.fit(recipe.Serve(), {**mistral, "use_sliding_window": False}, 10**9, True).cache.full == 36
+    assert profile.fit(Serve(), {**mistral, "use_sliding_window": False}, 10**9, True).cache.full == 36
     remote = {**mistral, "model_type": "of its own", "sliding_window_pattern": 6}
-    cache = profile.fit(recipe.Serve(), remote, 10**9, True).cache
+    cache = profile.fit(Serve(), remote, 10**9, True).cache
     assert (cache.full, cache.sliding) == (6, 30)
 
 
@@ -85,7 +85,7 @@ def test_a_step_is_as_long_as_vllm_makes_it() -> None:
     """vLLM 0.32.0 was seen to take 4,096 tokens a step in throughput mode where 2,048 are its default."""
 
     def kept(serve: dict[str, Any]) -> int:
-        found = profile.fit(recipe.Serve(gpu_memory="40GB", **serve), SHAPES["gemma3_27b"], 10**9, True)
+        found = profile.fit(Serve(gpu_memory="40GB", **serve), SHAPES["gemma3_27b"], 10**9, True)
         return found.cache.kept - 1023
 
     assert kept({"extra": {"performance-mode": "throughput"}}) == 2 * 4096
@@ -186,7 +186,7 @@ def test_vllm_counts_the_same_cache(tmp_path: Path, server: servers.Server) -> N
 def test_the_cache_that_an_h200_was_seen_to_have() -> None:
     """Qwen2.5-VL-3B's shape, vLLM 0.24.0: 3,440,272 tokens in BF16 and 7,026,976 in FP8; see docs/serving.md."""
     config = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
-    serve = recipe.Serve(gpu_memory="150.1GB")
+    serve = Serve(gpu_memory="150.1GB")
     for weights, fp8, seen in ((7_510_000_000, False, 3_440_272), (4_740_000_000, True, 7_026_976)):
         found = profile.fit(serve, config, weights, fp8)
         assert found.room is not None and 0.98 * seen < found.room / found.cache.per_token < 1.01 * seen

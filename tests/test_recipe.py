@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline import recipe
 from pipeline.errors import UsageError
+from pipeline.recipe import recipe
 from tests.conftest import ROOT
 
 GOOD = """\

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.checkpoint.result import JOURNAL
+from pipeline.plan.layout import UNIT_BYTES
+from pipeline.recipe.recipe import load
+from pipeline.report.outcome import Outcome
+from pipeline.run import runner
+from pipeline.run.finalize import finalize
 
-from pipeline import plan as plans
-from pipeline import runner
 from pipeline.errors import PipelineError, UsageError, VerificationFailed
-from pipeline.journal import JOURNAL, Journal
-from pipeline.recipe import load
+from pipeline.journal import Journal
+from pipeline.plan import plan as plans
 from pipeline.report.console import Console
 from tests.conftest import (
     CALIBRATED,
@@ -35,7 +39,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "PIECE_BYTES", 3_000)
 
 
-def run(recipe: Path, *overrides: str, fresh: bool = False) -> runner.Outcome:
+def run(recipe: Path, *overrides: str, fresh: bool = False) -> Outcome:
     return runner.run(load(recipe, overrides), Console(), fresh)
 
 
@@ -146,7 +150,7 @@ def test_resume_gives_the_same_bytes(
     assert not (tmp_path / "out").exists()
     entries = [json.loads(line) for line in (tmp_path / "out.partial" / JOURNAL).read_text().splitlines()]
     finished = len(entries) - 1
-    assert count <= finished < plans.UNIT_BYTES
+    assert count <= finished < UNIT_BYTES
     stamps = {e["unit"] for e in entries[1:]}
     capsys.readouterr()
     run(recipe)
@@ -159,7 +163,7 @@ def test_resume_gives_the_same_bytes(
         for line in (tmp_path / "out" / "quantize" / "events.jsonl").read_text().splitlines()
         if '"event":"resume"' in line
     )
-    assert 0 < resumed["bytes_rewritten_at_most"] <= plans.UNIT_BYTES
+    assert 0 < resumed["bytes_rewritten_at_most"] <= UNIT_BYTES
     whole, out = weight_files(tmp_path / "whole"), weight_files(tmp_path / "out")
     for name in (
         "quantize/recipe.yaml",
@@ -209,7 +213,7 @@ def test_finished_bytes_are_not_touched_again(tmp_path: Path, write_recipe: Any,
         file.seek(offset + nbytes - 1)
         file.write(bytes([byte ^ 1]))
     run(recipe)
-    from pipeline.serving.structure import check_structure
+    from pipeline.verify.structure import check_structure
 
     report = check_structure(tmp_path / "out", contents=True)
     assert report.problems == [f"{name}: its bytes are not those that the run wrote (SHA-256 differs)"]
@@ -396,7 +400,7 @@ def test_a_shard_lost_between_runs_is_written_again(
     assert "missing or short, although finished before" in capsys.readouterr().out
     run(recipe)
     assert all_tensors(tmp_path / "out") == all_tensors(tmp_path / "whole")
-    from pipeline.serving.structure import check_structure
+    from pipeline.verify.structure import check_structure
 
     assert check_structure(tmp_path / "out", contents=True).problems == []
 
@@ -431,7 +435,7 @@ def test_a_directory_that_appears_meanwhile_is_left_alone(
     fresh: bool, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
-    seal = runner._seal
+    seal = finalize
 
     def appear(*arguments: Any) -> None:
         seal(*arguments)
@@ -568,7 +572,7 @@ def test_long_work_ends_early_over_a_profile_that_vllm_refuses(
     tmp_path: Path, small_model: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, small_units: None
 ) -> None:
     """A second a unit stands for a source that takes minutes; what is finished is not made again."""
-    from pipeline import stream
+    from pipeline.stream import data_free as stream
 
     recipe = write_recipe(small_model("qwen3"))
     read = stream.read_exactly

@@ -8,8 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, cache_scale, suspicious, usable
+from pipeline.formats.kv_scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, cache_scale, suspicious, usable
 
 
 def bits(value: float) -> int:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.model.truncate import layers_to_keep, truncated_config
+from pipeline.plan.plan import make_plan
+from pipeline.run import smoke
+from pipeline.run.estimate import estimate_run, forward_seconds
 
-from pipeline import recipe, smoke
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import DiskFull
-from pipeline.plan import make_plan
+from pipeline.recipe import recipe
 from pipeline.report.console import Console
 from tests.conftest import (
     CALIBRATED,
@@ -70,7 +73,7 @@ def test_kinds_of_layers(tmp_path: Path) -> None:
         text = (
             f"model: {{source: '{source}'}}\noutput: x\nbackend: llmcompressor\nscheme: fp8_dynamic\nkv_cache: none\n"
         )
-        return smoke.layers_to_keep(make_plan(recipe.parse(text), open_checkpoint(source)))
+        return layers_to_keep(make_plan(recipe.parse(text), open_checkpoint(source)))
 
     assert kept() == 2
     assert kept(layer_types=["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2) == 6
@@ -85,7 +88,7 @@ def test_a_config_is_cut_wherever_it_counts_layers() -> None:
         },
         "vision_config": {"depth": 6, "fullatt_block_indexes": [1, 2, 3, 4, 5, 6]},
     }  # fmt: skip
-    cut = smoke.truncated_config(config, 2)
+    cut = truncated_config(config, 2)
     assert cut["text_config"] == {
         "num_hidden_layers": 2, "layer_types": ["a", "b"], "mlp_only_layers": [0], "max_window_layers": 2,
         "sections": [1, 2],
@@ -299,14 +302,14 @@ def test_the_forecast_scales_bytes_tokens_and_layers(
     record.parent.mkdir(parents=True)
     record.write_text("\n".join(json.dumps(event) for event in events))
     outcome: Any = SimpleNamespace(output=tmp_path / "smoked", totals=SimpleNamespace(peak_rss_bytes=3))
-    made = smoke._forecast(plan, outcome, reading=1e12, imports=7.0)
+    made = estimate_run(plan, outcome, reading=1e12, imports=7.0)
     assert made.parts["weights that need no data"] == pytest.approx(sum(p.nbytes for p in plan.pieces) / 2000)
     batches = plan.calibration.batches  # 15 ms a token, and 150 ms a batch
     forward = batches.tokens * 0.015 + len(batches.batches) * 0.15
     warming = 93 - 7  # of the first layer, once
     assert made.parts["layers"] == pytest.approx(3 * (1 + 2 + forward) + warming)
     assert made.parts["imports"] == 7.0 and made.memory[0] == 3 and made.device == 5
-    slow = smoke._forecast(plan, outcome, reading=layer / 1000, imports=7.0)  # a slow drive sets the pace
+    slow = estimate_run(plan, outcome, reading=layer / 1000, imports=7.0)  # a slow drive sets the pace
     assert slow.parts["layers"] == pytest.approx(3 * 1000 + warming)
 
 
@@ -318,25 +321,25 @@ def test_forwards_by_batch_and_token() -> None:
         return 0.002 + 0.0001 * tokens
 
     sizes = [5, 8, 12, 20, 33, 40, 64, 90, 130, 200, 300]
-    whole = smoke.forward_seconds([[(n, truth(n)) for n in sizes]], 30, 9000)
+    whole = forward_seconds([[(n, truth(n)) for n in sizes]], 30, 9000)
     assert whole == pytest.approx(30 * 0.002 + 9000 * 0.0001)
     disturbed = [(n, truth(n) + (0.5 if n in (5, 64) else 0.0)) for n in sizes]  # the smallest is the slowest
-    assert smoke.forward_seconds([disturbed], 30, 9000) == pytest.approx(whole, rel=0.02)
-    assert smoke.forward_seconds([disturbed, *[[(n, truth(n)) for n in sizes]] * 2], 30, 9000) == pytest.approx(whole)
+    assert forward_seconds([disturbed], 30, 9000) == pytest.approx(whole, rel=0.02)
+    assert forward_seconds([disturbed, *[[(n, truth(n)) for n in sizes]] * 2], 30, 9000) == pytest.approx(whole)
     noise = random.Random(5)
     for _ in range(50):
         noisy = [(n, truth(n) * noise.uniform(0.8, 1.2)) for n in sizes]
-        assert smoke.forward_seconds([noisy], 30, 9000) == pytest.approx(whole, rel=0.3)
-    inverted = smoke.forward_seconds([[(10, 0.9), (50, 0.3)]], 30, 9000)  # no time a token, at the least
+        assert forward_seconds([noisy], 30, 9000) == pytest.approx(whole, rel=0.3)
+    inverted = forward_seconds([[(10, 0.9), (50, 0.3)]], 30, 9000)  # no time a token, at the least
     assert 30 * 0.3 <= inverted <= 30 * 0.9
-    assert smoke.forward_seconds([[(10, 0.01), (50, 0.5)]], 2, 100) == pytest.approx(100 * 0.0055)  # nothing a batch
-    assert smoke.forward_seconds([[(50, 0.5)]], 2, 100) == pytest.approx(1.0)
+    assert forward_seconds([[(10, 0.01), (50, 0.5)]], 2, 100) == pytest.approx(100 * 0.0055)  # nothing a batch
+    assert forward_seconds([[(50, 0.5)]], 2, 100) == pytest.approx(1.0)
 
 
 def test_batches_are_timed_but_not_without_end(
     small_model: Callable[[str], Path], convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.calibration import layers
+    from pipeline.stream import layers
 
     def timed(out: Path) -> list[list[float]]:
         lines = (out / "quantize" / "events.jsonl").read_text().splitlines()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.verify.structure import check_structure
+from pipeline.vllm_env.worker import VllmWorker
 
 from pipeline.checkpoint.source import open_checkpoint
-from pipeline.serving.server import Session
-from pipeline.serving.structure import check_structure
 from pipeline.serving.verify import verify
 from tests.damage import both, drop, edit_config, put, rewrite, section
 
@@ -93,7 +93,7 @@ def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static", "int8", "kv", "qwen", "source"])
-def test_sound_checkpoints_of_others_pass(name: str, made: dict[str, Path], session: Session) -> None:
+def test_sound_checkpoints_of_others_pass(name: str, made: dict[str, Path], session: VllmWorker) -> None:
     assert check_structure(made[name]).passed
     report = verify(made[name], open_checkpoint(made["source"]), "load", session, contents=True)
     assert report.passed and report.proven_in_vllm and report.level == "load", report.problems
@@ -187,7 +187,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
 
 @pytest.mark.parametrize("name", list(DAMAGE))
 def test_damaged_checkpoints_of_others_are_named(
-    name: str, made: dict[str, Path], session: Session, tmp_path: Path
+    name: str, made: dict[str, Path], session: VllmWorker, tmp_path: Path
 ) -> None:
     which, damage, sentence, by = DAMAGE[name]
     out = shutil.copytree(made[which], tmp_path / "out")
@@ -201,7 +201,7 @@ def test_damaged_checkpoints_of_others_are_named(
 
 
 def test_scales_without_a_scheme_are_tried_with_an_fp8_cache(
-    made: dict[str, Path], session: Session, tmp_path: Path
+    made: dict[str, Path], session: VllmWorker, tmp_path: Path
 ) -> None:
     """Nothing promises the cache, but who serves it with fp8 uses these scales."""
     out = shutil.copytree(made["dynamic"], tmp_path / "out")
@@ -215,7 +215,7 @@ def test_scales_without_a_scheme_are_tried_with_an_fp8_cache(
     assert any("with --kv-cache-dtype fp8: attention of 1 layer" in problem for problem in report.problems)
 
 
-def test_a_layout_that_is_not_known_is_generated_from(made: dict[str, Path], session: Session) -> None:
+def test_a_layout_that_is_not_known_is_generated_from(made: dict[str, Path], session: VllmWorker) -> None:
     report = verify(made["qwen"], open_checkpoint(made["source"]), "generate", session)
     assert report.passed and report.level == "generate", (report.problems, report.notes)
     assert 0.9 < report.vllm["generated"]["auto"]["perplexity_ratio"] < 1.05

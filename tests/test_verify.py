@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.verify.structure import check_structure
 
 from pipeline.checkpoint.source import open_checkpoint
-from pipeline.serving.structure import check_structure
 from tests.conftest import make_plain_checkpoint, read_shard
 from tests.damage import SHARD, drop, edit_config, flip_a_bit, rename, reshape, rewrite, section
 
@@ -23,7 +23,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source and its result."""
-    from pipeline import recipe, runner
+    from pipeline.run import runner
+
+    from pipeline.recipe import recipe
     from pipeline.report.console import Console
 
     root = tmp_path_factory.mktemp("pair")
@@ -185,8 +187,8 @@ def test_checkpoints_of_llm_compressor_itself(pair: tuple[Path, Path], tmp_path:
 
 def test_a_load_that_ended_before_any_layer_was_seen() -> None:
     """Where vLLM refuses a cache at its start, its record holds the error alone."""
-    from pipeline.serving.server import Server
-    from pipeline.serving.verify import _no_kernel
+    from pipeline.verify.verify import _no_kernel
+    from pipeline.vllm_env.environment import Server
 
     refused = {"error": "ValueError: no attention backend takes it", "vllm": "0.32.0", "platform": "cpu"}
     moe = {"error": None, "linears": {"model.layers.0.mlp.experts": "ModelOptFp8MoEMethod"}}
@@ -197,8 +199,8 @@ def test_a_load_that_ended_before_any_layer_was_seen() -> None:
 
 def test_a_result_beyond_all_numbers_is_judged() -> None:
     """More than 709 nats a token: a perplexity that no floating-point number holds."""
-    from pipeline.serving.structure import Report
-    from pipeline.serving.verdict import judge_generation
+    from pipeline.verify.report import Report
+    from pipeline.verify.vllm_verdict import judge_generation
 
     answer = {"tokens": [1, 2], "logprobs": [-1.0, -1.0], "text": "a b"}
     before = {"nll": 96.0, "counted": 32, "completions": [answer], "scored": []}

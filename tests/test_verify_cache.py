@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.verify.structure import check_structure, read_back
 
 from pipeline.checkpoint.source import INDEX, open_checkpoint
-from pipeline.serving.structure import check_structure, read_back
 from tests.conftest import CALIBRATED, SCHEMES, SENTENCES
 from tests.damage import SHARD, all_of, both, drop, edit_config, flip_a_bit, put, rename, rewrite, section
 
@@ -22,7 +22,9 @@ L0, L1 = "model.layers.0.self_attn", "model.layers.1.self_attn"
 @pytest.fixture(scope="module")
 def pairs(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """A source, and what both backends make of it, in one shard."""
-    from pipeline import recipe, runner
+    from pipeline.run import runner
+
+    from pipeline.recipe import recipe
     from pipeline.report.console import Console
 
     root = tmp_path_factory.mktemp("pairs")

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.verify.report import Report
+from pipeline.verify.structure import check_structure
+from pipeline.verify.verify import _load_job, verify
+from pipeline.verify.vllm_verdict import judge_load
+from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.worker import VllmWorker
 
 from pipeline.checkpoint.source import SourceError, open_checkpoint
-from pipeline.serving import server as servers
-from pipeline.serving.server import Server, Session
-from pipeline.serving.structure import Report, check_structure
-from pipeline.serving.verdict import judge_load
-from pipeline.serving.verify import _load_job, verify
 from tests.conftest import SCHEMES, SHARED
 from tests.damage import all_of, both, drop, edit_config, put, rename, reshape, rewrite, section
 from tests.warm import Warm
@@ -51,7 +53,9 @@ def demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def convert(source: Path, output: Path, backend: str, more: str = "", captions: str = "embedded") -> Path:
-    from pipeline import recipe, runner
+    from pipeline.run import runner
+
+    from pipeline.recipe import recipe
     from pipeline.report.console import Console
 
     text = (
@@ -225,7 +229,7 @@ DAMAGE |= {
 
 @pytest.fixture(scope="module")
 def damages(
-    demo: dict[str, Path], session: Session, tmp_path_factory: pytest.TempPathFactory
+    demo: dict[str, Path], session: VllmWorker, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, list[str] | None]]:
     """Every damaged checkpoint, and what is said of vLLM's own loading of it: all loaded in one go."""
     root = tmp_path_factory.mktemp("damaged")
@@ -269,7 +273,7 @@ def test_damage_is_named(name: str, demo: dict[str, Path], damages: dict[str, tu
 
 
 @pytest.mark.parametrize("made", [*SCHEMES, "plain", "sharded"])
-def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], session: Session) -> None:
+def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], session: VllmWorker) -> None:
     for source in (None, open_checkpoint(demo["source"])):
         report = verify(demo[made], source, "load", session, contents=True)
         assert report.passed and report.proven_in_vllm and report.level == "load", report.problems
@@ -288,7 +292,7 @@ def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], ses
 @pytest.mark.parametrize("backend", list(SCHEMES))
 @pytest.mark.parametrize("name", ["qwen2_5_vl_coco", "qwen3_vl_coco"])
 def test_trained_checkpoints_serve_as_well_as_bf16(
-    name: str, backend: str, trained: Callable[[str], Path], session: Session, tmp_path: Path
+    name: str, backend: str, trained: Callable[[str], Path], session: VllmWorker, tmp_path: Path
 ) -> None:
     """Loading, no warning, and the served perplexity of 200 held-out captions within half a percent of BF16's."""
     source = trained(name)
@@ -323,7 +327,7 @@ def test_trained_checkpoints_serve_as_well_as_bf16(
      ("qwen3_moe", "llmcompressor"), ("qwen3_vl_moe", "modelopt"), ("qwen3_vl_moe", "llmcompressor")],
 )  # fmt: skip
 def test_families_load(
-    name: str, backend: str, small_model: Callable[[str], Path], session: Session, tmp_path: Path
+    name: str, backend: str, small_model: Callable[[str], Path], session: VllmWorker, tmp_path: Path
 ) -> None:
     """Mixtures too: every tensor taken up, every parameter filled; their kernels are another matter."""
     source, moe = small_model(name), "moe" in name
@@ -335,7 +339,7 @@ def test_families_load(
 
 
 def test_what_vllm_cannot_load_at_all_is_not_held_against_the_result(
-    small_model: Callable[[str], Path], session: Session, tmp_path: Path
+    small_model: Callable[[str], Path], session: VllmWorker, tmp_path: Path
 ) -> None:
     """LLaVA as transformers 5 saves it: vLLM does not take the source either."""
     out = convert(small_model("llava"), tmp_path / "out", "modelopt")
@@ -345,7 +349,7 @@ def test_what_vllm_cannot_load_at_all_is_not_held_against_the_result(
 
 
 def test_modelopts_own_layout_is_told_what_it_will_cost(
-    demo: dict[str, Path], session: Session, tmp_path: Path
+    demo: dict[str, Path], session: VllmWorker, tmp_path: Path
 ) -> None:
     out = convert(demo["source"], tmp_path / "exact", "modelopt", "backend_options: {exact: true}")
     report = verify(out, open_checkpoint(demo["source"]), "load", session)
@@ -360,7 +364,7 @@ def test_modelopts_own_layout_is_told_what_it_will_cost(
 # --- generation --------------------------------------------------------------------------------------
 
 
-def test_answers_are_held_against_the_sources(demo: dict[str, Path], session: Session, tmp_path: Path) -> None:
+def test_answers_are_held_against_the_sources(demo: dict[str, Path], session: VllmWorker, tmp_path: Path) -> None:
     source = open_checkpoint(demo["source"])
     report = verify(demo["modelopt"], source, "generate", session)
     assert report.level == "generate" and report.proven_in_vllm, report.problems
@@ -447,7 +451,7 @@ import os, sys
 
 class Crash:
     def find_spec(self, name, path=None, target=None):
-        frame = sys._getframe() if name == "pipeline.serving.in_vllm.cpu" else None
+        frame = sys._getframe() if name == "pipeline.vllm_env.jobs.cpu" else None
         while frame:
             job = frame.f_locals.get("job")
             if isinstance(job, dict) and job.get("kind") == "generate" and job["checkpoint"] == os.environ["CRASHES"]:
@@ -465,14 +469,14 @@ def test_an_engine_that_dies_on_the_result_alone_is_a_problem(
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CRASHES", str(demo["modelopt"].absolute()))
-    with Session(server) as session:
+    with VllmWorker(server) as session:
         report = verify(demo["modelopt"], open_checkpoint(demo["source"]), "generate", session)
     assert not report.passed and not report.proven_in_vllm, report.notes
     assert any("vLLM's engine dies with --kv-cache-dtype auto, twice" in line for line in report.problems)
     assert any("SIGSEGV" in line for line in report.problems)
 
 
-def test_bytes_are_read_back_beside_vllm(demo: dict[str, Path], session: Session, tmp_path: Path) -> None:
+def test_bytes_are_read_back_beside_vllm(demo: dict[str, Path], session: VllmWorker, tmp_path: Path) -> None:
     out = shutil.copytree(demo["modelopt"], tmp_path / "out")
     data = bytearray((out / "model.safetensors").read_bytes())
     data[open_checkpoint(out).tensors[f"{V0}.weight"].offset + 9] ^= 8
@@ -521,7 +525,7 @@ def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Pat
     (site / "vllm-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.9\n")
     found = servers.find(str(python))
     assert found is not None and found.name == "vllm 9.9"
-    with Session(found) as broken:
+    with VllmWorker(found) as broken:
         report = verify(demo["modelopt"], None, "load", broken)
     assert not report.proven_in_vllm
     assert any("vLLM could not be run" in p and "libcuda.so.1 is not here" in p for p in report.problems)
@@ -573,11 +577,11 @@ def test_smoke_leaves_nothing_behind_and_fails_when_vllm_does(
 )
 @pytest.mark.parametrize("name", ["demo", "qwen3"])
 def test_profiles_are_held_against_vllms_arguments(
-    name: str, serve: str, problem: str | None, demo: dict[str, Path], session: Session, tmp_path: Path,
+    name: str, serve: str, problem: str | None, demo: dict[str, Path], session: VllmWorker, tmp_path: Path,
     small_model: Callable[[str], Path],
 ) -> None:  # fmt: skip
     """A vision-language model, whose language model's config is nested, and a language model."""
-    from pipeline import recipe
+    from pipeline.recipe import recipe
     from pipeline.serving import profile
 
     source = demo["source"] if name == "demo" else small_model(name)

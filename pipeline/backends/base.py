@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pipeline.backends.fp8 import Buffer
-from pipeline.calibration.scales import cache_scale
 from pipeline.errors import PipelineError
+from pipeline.formats.kv_scales import cache_scale
 from pipeline.model.selection import Selection
 
 if TYPE_CHECKING:

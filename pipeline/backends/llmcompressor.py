@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import Output, Ranges, cache_scales
 from pipeline.backends.fp8 import Buffer, row_quantizer
-from pipeline.calibration.scales import SCALE_NAMES
+from pipeline.formats.kv_scales import SCALE_NAMES
 from pipeline.model.selection import Selection
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import CalibrationError, Output, Ranges, cache_scales
-from pipeline.calibration.scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, usable
-from pipeline.model.selection import FUSED_LINEARS, Selection
+from pipeline.formats.kv_scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, usable
+from pipeline.model.fused import FUSED_LINEARS
+from pipeline.model.selection import Selection
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.source import Checkpoint

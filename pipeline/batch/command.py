@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from pipeline.batch.executor import Executor, Local, describe_machine, visible_gpus
+from pipeline.batch.executor import Executor, Local, describe_machine
 from pipeline.batch.ledger import FILE, Ledger
 from pipeline.batch.manifest import Job, collect
 from pipeline.batch.queue import Queue, Rules
 from pipeline.batch.watch import Watch, show_status
 from pipeline.errors import UsageError
+from pipeline.machine.gpus import visible_gpus
 from pipeline.report.console import Console
 
 PARENT = Path("batch")  # of a batch's directory, where --directory names none

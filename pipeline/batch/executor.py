@@ -19,11 +19,11 @@ from typing import Protocol
 from pipeline.batch.forecast import measured
 from pipeline.batch.job import Asked, Ending, ask, ending_path
 from pipeline.batch.planning import Facts
-from pipeline.batch.processes import oom_kills, signal_name
 from pipeline.batch.progress import EVENTS, Follower, Progress
-from pipeline.calibration.machine import available_memory
 from pipeline.events import read_events
-from pipeline.plan import written_already
+from pipeline.machine.memory import available_memory
+from pipeline.machine.processes import oom_kills, signal_name
+from pipeline.plan.disk import written_already
 
 MEMORY_SHARE = 0.95  # of what is free: the rest is for the system and for the batch itself
 OOM_SECONDS = 10.0  # between the kernel's count and the end of the process that it killed
@@ -236,12 +236,13 @@ def timed(ending: Ending, facts: Facts, follower: Follower) -> None:
 
 def share_gpu(asked: Asked, jobs: int) -> Asked:
     """A job that shares its GPU with others takes its part of the memory, or the recipe's own limit if that is less."""
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
+    from pipeline.units import parse_size
 
     if jobs <= 1 or not (part := gpu_memory() // jobs):
         return asked
     own = recipes.parse(asked.text, asked.job, asked.overrides).runtime.device_memory
-    if own is not None and recipes.parse_size(own) <= part:
+    if own is not None and parse_size(own) <= part:
         return asked
     return replace(asked, overrides=(*asked.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
@@ -270,7 +271,7 @@ def _nvidia_smi(field: str) -> list[str]:
 
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
-    from pipeline.calibration.machine import total_memory
+    from pipeline.machine.memory import total_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = f"{len(gpus)} GPU(s)" if gpus else "no GPU"

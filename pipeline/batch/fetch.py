@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.batch.planning import Facts
-from pipeline.batch.processes import die_with_parent
 from pipeline.errors import PipelineError
+from pipeline.machine.processes import die_with_parent
 
 ATTEMPTS = 3
 PAUSE = 30.0  # seconds between two attempts; what has arrived is kept

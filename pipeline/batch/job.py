@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.batch.processes import die_with_parent
 from pipeline.errors import Busy, OtherRun, PipelineError, from_os_error, is_out_of_memory
+from pipeline.machine.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
-    from pipeline.serving.structure import Report
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.verify.report import Report
 
 MACHINE_FIELDS = frozenset({"device", "threads"})  # of an identity: they differ between the nodes of a cluster
 BUSY_POLL = 1.0
@@ -165,7 +165,7 @@ def _failed(error: Exception) -> Ending:
 
 def _tell(ending: Ending, place: Path) -> int:
     """Say and write how it ended; returns the exit status, which alone must do where the drive is full."""
-    from pipeline.events import peak_rss_bytes
+    from pipeline.machine.memory import peak_rss_bytes
 
     ending.peak_rss = peak_rss_bytes()
     try:
@@ -182,7 +182,7 @@ def _tell(ending: Ending, place: Path) -> int:
 
 
 def _run(asked: Asked) -> Ending:
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
 
     if asked.until is not None and time.time() + asked.forecast > asked.until:
         return Ending("late", 75, "not started: by the forecast it would not end within the window")
@@ -195,8 +195,9 @@ def _run(asked: Asked) -> Ending:
 
 def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Report | None]:
     """The published directory, and the verification's report; None if it was published before."""
-    from pipeline import runner
+    from pipeline.checkpoint.result import places
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     console = Console()
     fresh, deadline = False, time.monotonic() + asked.lock_wait
@@ -211,7 +212,7 @@ def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Repo
             machine = MACHINE_FIELDS if asked.cluster else frozenset()
             if not error.begun and error.fields <= machine:
                 notes.append(f"it was published with {_names(error.fields)} of another node")
-                return runner.places(recipe)[0], None
+                return places(recipe)[0], None
             if fresh or not error.begun or not error.fields <= machine | set(asked.restarts):
                 raise
             fresh = True  # what was begun with other batches, or where a processor rounds otherwise, cannot go on here

@@ -26,10 +26,10 @@ from typing import Any
 from pipeline.batch.executor import how_ended, share_gpu, timed
 from pipeline.batch.job import Asked, Ending, ask
 from pipeline.batch.planning import Facts
-from pipeline.batch.processes import oom_kills
 from pipeline.batch.progress import Follower, Progress
 from pipeline.errors import PipelineError, UsageError
-from pipeline.plan import size_text
+from pipeline.machine.processes import oom_kills
+from pipeline.units import size_text
 
 DISK = "nvme_gb"  # the resource in which nodes say how much of their drive conversions may take
 RETRIES = 5  # nodes that a job may lose in one attempt

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.batch.job import MACHINE_FIELDS
 from pipeline.batch.manifest import Job
-from pipeline.batch.processes import die_with_parent
 from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
-from pipeline.plan import Prepare, prepare
+from pipeline.machine.processes import die_with_parent
+from pipeline.plan.calibration import Prepare, prepare
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.recipe import Recipe
+    from pipeline.plan.plan import Plan
+    from pipeline.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def main(asked: str, told: str) -> None:
 
 
 def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Planned:
-    from pipeline import recipe as recipes
+    from pipeline.recipe import recipe as recipes
 
     output = None
     try:
@@ -214,11 +214,14 @@ def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Pla
 
 
 def _facts(recipe: Recipe, here: bool, prepare: Prepare) -> Facts:
-    from pipeline import runner
-    from pipeline.calibration.machine import total_memory
     from pipeline.checkpoint import hub
-    from pipeline.plan import disk_need, make_plan, size_text
-    from pipeline.recipe import recipe_yaml
+    from pipeline.machine.memory import total_memory
+    from pipeline.plan.disk import disk_need
+    from pipeline.plan.plan import make_plan
+    from pipeline.recipe.recipe import recipe_yaml
+    from pipeline.run import runner
+    from pipeline.units import size_text
+    from pipeline.verify.verify import find_environment
 
     recipe = _absolute(recipe)
     checkpoint = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
@@ -245,7 +248,7 @@ def _facts(recipe: Recipe, here: bool, prepare: Prepare) -> Facts:
             f"memory: up to {size_text(plan.peak_memory)} needed, this machine has {size_text(total)}; lower "
             "calibration.samples or runtime.threads, or set runtime.hidden_states: file"
         )
-    server = runner.find_server(recipe)
+    server = find_environment(recipe)
     calibration, work = plan.calibration, recipe.runtime.work_directory
     hidden = calibration.needs.hidden * (3 if calibration.place == "file" else 2) if calibration else 0
     return Facts(
@@ -308,10 +311,10 @@ def _anywhere(recipe: Recipe, device: str = "auto", hidden_states: str = "auto")
 
 def _done(plan: Plan) -> float:
     """The share of the result that a stopped run of this identity has finished."""
-    from pipeline import runner
+    from pipeline.checkpoint.result import places
     from pipeline.journal import read_identity, read_pieces
 
-    partial = runner.places(plan.recipe)[1]
+    partial = places(plan.recipe)[1]
     if not partial.is_dir() or read_identity(partial) != plan.identity:
         return 0.0
     try:

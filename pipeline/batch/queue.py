@@ -25,11 +25,11 @@ from pipeline.batch.job import Asked, Ending
 from pipeline.batch.ledger import Attempt, Ledger, Record
 from pipeline.batch.manifest import Job
 from pipeline.batch.planning import Facts, Planned, Refusal, plan_all
-from pipeline.batch.processes import signal_name
 from pipeline.batch.progress import Progress
 from pipeline.errors import from_os_error
 from pipeline.journal import read_identity
-from pipeline.report.console import time_text
+from pipeline.machine.processes import signal_name
+from pipeline.units import time_text
 
 TICK = 0.1
 WATCH = 1.0  # seconds between two looks at the running jobs

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.batch import morning
-from pipeline.batch.executor import existing
 from pipeline.batch.ledger import FILE, Attempt, Record, fold, is_running
 from pipeline.batch.planning import Facts
 from pipeline.batch.progress import Progress
-from pipeline.plan import size_text
+from pipeline.machine.drives import existing
 from pipeline.report import batch as page
-from pipeline.report.console import Console, time_text
+from pipeline.report.console import Console
+from pipeline.units import size_text, time_text
 
 if TYPE_CHECKING:
     import rich.live

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint.writer import sync_directory
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
 
 CHUNK = 32 << 20
 

@@ -24,16 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import CalibratedBackend, CalibrationError, Ranges
 from pipeline.backends.fp8 import NonFiniteWeight, check_finite
-from pipeline.calibration.hidden import HiddenStates, Scratch
-from pipeline.calibration.machine import import_libraries
+from pipeline.calibration.placement import import_libraries
 from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
 from pipeline.checkpoint.source import SourceError, Tensor
 from pipeline.checkpoint.writer import ShardWriter
 from pipeline.errors import DeviceFault, Interrupted, OutOfMemory, PipelineError, is_device_fault, is_out_of_memory
-from pipeline.events import EventLog, peak_rss_bytes, reset_peak_rss
+from pipeline.events import EventLog
 from pipeline.journal import Digest, Journal, Saved
-from pipeline.plan import LayerUnit, Piece, Plan
-from pipeline.stream import Compute, Totals
+from pipeline.machine.memory import peak_rss_bytes, reset_peak_rss
+from pipeline.plan.layout import LayerUnit, Piece
+from pipeline.plan.plan import Plan
+from pipeline.stream.compute import Compute
+from pipeline.stream.hidden import HiddenStates, Scratch
+from pipeline.stream.totals import Totals
 
 if TYPE_CHECKING:
     import threading

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.checkpoint.source import INDEX, Checkpoint, SourceError, read_json
 from pipeline.checkpoint.writer import write_file
-from pipeline.plan import Plan
+from pipeline.plan.plan import Plan
 
 SECTION = "quantization_config"
 FILES = "quantize/files.json"  # SHA-256 of the small files, by name

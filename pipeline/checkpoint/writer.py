@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from pipeline.plan import OutputShard
+    from pipeline.checkpoint.layout import OutputShard
 
 _WRITE_NOW = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages out, wait for nothing
 

@@ -11,15 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.checkpoint.result import places
 from pipeline.doctor import drives, libraries, machine
-from pipeline.doctor.system import Finding, Status, System, gpus
+from pipeline.doctor.finding import Finding, Status
 from pipeline.errors import PipelineError
-from pipeline.plan import make_plan, size_text
-from pipeline.runner import places, preflight
+from pipeline.machine.gpus import gpus
+from pipeline.machine.system import System
+from pipeline.plan.plan import make_plan
+from pipeline.run.runner import preflight
+from pipeline.units import size_text
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.recipe import Recipe
+    from pipeline.plan.plan import Plan
+    from pipeline.recipe.recipe import Recipe
     from pipeline.report.console import Console
 
 __all__ = ["Finding", "Status", "as_json", "examine", "exit_status", "show"]

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.doctor.system import Finding, Mount, Status, System, mount_of, mounts, spins, wsl
-from pipeline.plan import size_text
-from pipeline.runner import places
+from pipeline.checkpoint.result import places
+from pipeline.doctor.finding import Finding, Status
+from pipeline.machine.drives import Mount, mount_of, mounts, spins
+from pipeline.machine.system import System, wsl
+from pipeline.units import size_text
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.recipe import Recipe
+    from pipeline.plan.plan import Plan
+    from pipeline.recipe.recipe import Recipe
 
 OBJECT_STORES = ("s3fs", "goofys", "gcsfuse", "mount-s3", "mountpoint-s3", "blobfuse", "blobfuse2", "rclone", "davfs")
 NETWORK = (

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import pipeline
 from pipeline.backends import fp8
-from pipeline.doctor.system import Finding, System
+from pipeline.doctor.finding import Finding
 from pipeline.errors import UsageError
-from pipeline.serving.server import HOW_TO_GET, VARIABLE, find
+from pipeline.machine.system import System
+from pipeline.vllm_env.environment import HOW_TO_GET, VARIABLE, find
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
 
 OURS = "fp8-pipeline"
 # Whose versions decide bits or formats: what else was tested is not worth a line.

@@ -7,27 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.calibration.machine import DEVICE_BASE, SHARE
+from pipeline.calibration.placement import DEVICE_BASE, SHARE
+from pipeline.doctor.finding import Finding, Status
 from pipeline.doctor.libraries import torch_build
-from pipeline.doctor.system import (
-    GPU,
-    Finding,
-    GPUs,
-    Processors,
-    Status,
-    System,
-    meminfo,
-    memory_limit,
-    processors,
-    visible,
-    wsl,
-)
-from pipeline.plan import size_text
-from pipeline.recipe import parse_size
+from pipeline.machine.gpus import GPU, GPUs, visible
+from pipeline.machine.system import Processors, System, meminfo, memory_limit, processors, wsl
+from pipeline.units import parse_size, size_text
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.recipe import Recipe
+    from pipeline.plan.plan import Plan
+    from pipeline.recipe.recipe import Recipe
 
 NATIVE_FP8 = (8, 9)
 # The oldest driver of each major CUDA release (Linux; Windows' numbers of the same branch are higher).

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.calibration.batches import Batch
 from pipeline.checkpoint.source import Checkpoint, SourceError
+from pipeline.model.batch import Batch
 from pipeline.model.selection import Selection, attention_prefix, expert_modules
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from pipeline import __version__
 from pipeline.checkpoint.writer import write_file
-from pipeline.plan import size_text
+from pipeline.units import size_text
 
 SECTIONS = ("failed", "left", "running", "waiting", "published")  # what was refused stands with what failed
 CLASSES = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.calibration.scales import suspicious
+from pipeline.formats.kv_scales import suspicious
 from pipeline.journal import Journal
-from pipeline.plan import Plan
+from pipeline.plan.plan import Plan
 
 BALANCED = "balanced by powers of two, which changes no output"
 FEW_TOKENS = 16

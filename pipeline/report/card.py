@@ -8,8 +8,10 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.checkpoint.source import Checkpoint
-from pipeline.plan import Plan, size_text, summary
-from pipeline.recipe import recipe_yaml
+from pipeline.plan.plan import Plan
+from pipeline.recipe.recipe import recipe_yaml
+from pipeline.report.plan import summary
+from pipeline.units import size_text
 
 METHODS = {"llmcompressor": ["compressed-tensors", "llm-compressor"], "modelopt": ["modelopt"]}
 

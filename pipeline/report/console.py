@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.events import STAGES
-from pipeline.plan import Plan, size_text, summary
+from pipeline.plan.plan import Plan
+from pipeline.report.plan import summary
+from pipeline.units import size_text
 
 if TYPE_CHECKING:
     import rich.console
 
-    from pipeline.calibration.layers import Calibrated
     from pipeline.journal import Journal
-    from pipeline.runner import Outcome
-    from pipeline.serving.structure import Report
-    from pipeline.smoke import Smoke
+    from pipeline.report.outcome import Outcome, Smoke
+    from pipeline.stream.totals import Calibrated
+    from pipeline.verify.report import Report
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
 MOST_FINDINGS = 12

@@ -11,15 +11,17 @@ from typing import Any
 
 from pipeline.backends.fp8 import NonFiniteWeight, transpose
 from pipeline.backends.llmcompressor import FP8Dynamic
-from pipeline.backends.modelopt import fused_groups
-from pipeline.calibration.scales import E4M3_MAX
 from pipeline.checkpoint.reader import read_tensor
-from pipeline.checkpoint.sidecars import FILES, changed_files
+from pipeline.checkpoint.result import FILES, JOURNAL
+from pipeline.checkpoint.sidecars import changed_files
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
-from pipeline.journal import JOURNAL, Digest, read_identity, read_pieces
-from pipeline.model.selection import Selection, select
-from pipeline.serving.layout import FP8, MODELOPT, Method, quantization_section
-from pipeline.serving.structure import FORMATS, Report, expected_modules
+from pipeline.checkpoint.values import FORMATS
+from pipeline.formats.kv_scales import E4M3_MAX
+from pipeline.formats.methods import FP8, MODELOPT, Method, quantization_section
+from pipeline.journal import Digest, read_identity, read_pieces
+from pipeline.model.fused import fused_groups
+from pipeline.model.selection import Selection, expected_modules, select
+from pipeline.verify.report import Report
 
 CHUNK = 16 << 20
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, read_json
-from pipeline.model.selection import text_config
 
 FP8 = "F8_E4M3"
 SECTION = "quantization_config"

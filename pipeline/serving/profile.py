@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipeline.checkpoint.config import text_config
 from pipeline.errors import PipelineError, UsageError
-from pipeline.model.selection import text_config
-from pipeline.recipe import MAX_TOKENS, RopeScaling, Serve, name_problem, parse_size
+from pipeline.recipe.sections import MAX_TOKENS, RopeScaling, Serve
+from pipeline.units import parse_size
+from pipeline.vllm_env.serve_arguments import name_problem
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.recipe import Recipe
 
 FILE = "quantize/serve.yaml"
 LONGEST = 32768  # tokens of context that a profile asks for by itself; more costs memory that few requests use

@@ -16,21 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends.modelopt import fused_groups
-from pipeline.calibration.scales import E4M3_MAX
+from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError, Tensor, open_checkpoint, read_json
-from pipeline.journal import read_identity
-from pipeline.model.selection import (
-    IgnoreList,
-    Selection,
-    attention_prefix,
-    expert_modules,
-    is_linear_shaped,
-    select,
-    text_config,
-)
-from pipeline.serving.layout import (
+from pipeline.formats.kv_scales import E4M3_MAX
+from pipeline.formats.methods import (
     ANY_SCALE,
     CACHE_SCALE,
     COMPRESSED,
@@ -49,6 +39,10 @@ from pipeline.serving.layout import (
     promised_cache,
     quantization_section,
 )
+from pipeline.journal import read_identity
+from pipeline.model.fused import fused_groups
+from pipeline.model.ignore import IgnoreList
+from pipeline.model.selection import Selection, attention_prefix, expert_modules, is_linear_shaped, select
 
 PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
 FORMATS = {"BF16": ("H", 0x7F80), "F16": ("H", 0x7C00), "F32": ("I", 0x7F800000)}  # array code, bits of infinity
@@ -160,7 +154,7 @@ def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, re
         run("tensors", _check_accounts, result, source, ignore, section, method, made_here, report)
         run("config", _check_config, result, source, made_here, report)
     if contents:
-        from pipeline.serving.contents import check_bytes, check_hashes, check_numbers
+        from pipeline.verify.contents import check_bytes, check_hashes, check_numbers
 
         run("hashes", check_hashes, result, report)
         run("numbers", check_numbers, result, report)
@@ -170,7 +164,7 @@ def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, re
 
 def read_back(result: Checkpoint, stop: threading.Event) -> Report:
     """Every byte of a result against the hashes that its run recorded while writing, until `stop` is set."""
-    from pipeline.serving.contents import check_hashes
+    from pipeline.verify.contents import check_hashes
 
     report = Report(str(result.root), None)
     _run(report, "hashes", check_hashes, result, report, stop)

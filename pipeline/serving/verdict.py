@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError
+from pipeline.checkpoint.values import scalar
+from pipeline.formats.methods import promised_cache
 from pipeline.journal import read_identity
 from pipeline.model.selection import select
-from pipeline.serving.layout import promised_cache
-from pipeline.serving.structure import Report, scalar
+from pipeline.verify.report import Report
 
 ABOUT_SCALES = re.compile(r"scal(e|ing)|dtype|calibrat", re.IGNORECASE)
 ROUNDING = 2.0**-8  # of a scale that becomes BF16

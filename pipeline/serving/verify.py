@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.calibration.captions import read_source
-from pipeline.calibration.machine import available_memory
+from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
+from pipeline.formats.methods import has_cache_scales, promised_cache
 from pipeline.journal import read_identity
-from pipeline.model.selection import text_config
-from pipeline.serving.layout import has_cache_scales, promised_cache
+from pipeline.machine.memory import available_memory
 from pipeline.serving.profile import FILE as PROFILE
 from pipeline.serving.profile import cache_bytes_per_token
-from pipeline.serving.server import HOW_TO_GET, Server, Session
-from pipeline.serving.structure import Report, check_structure, read_back
-from pipeline.serving.verdict import NO_KERNEL, judge_generation, judge_load
+from pipeline.verify.report import Report
+from pipeline.verify.structure import check_structure, read_back
+from pipeline.verify.vllm_verdict import NO_KERNEL, judge_generation, judge_load
+from pipeline.vllm_env.environment import HOW_TO_GET, Server
+from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +43,7 @@ def verify(
     directory: Path,
     source: Checkpoint | None = None,
     level: Level = "load",
-    session: Session | None = None,
+    session: VllmWorker | None = None,
     contents: bool = False,
     say: Callable[[str], None] = lambda text: None,
     engine: bool = False,
@@ -125,7 +127,7 @@ class _Reading:
 
 
 def _load(
-    result: Checkpoint, source: Checkpoint | None, session: Session, report: Report, engine: bool
+    result: Checkpoint, source: Checkpoint | None, session: VllmWorker, report: Report, engine: bool
 ) -> tuple[bool, dict[str, dict[str, Any]]]:
     server = session.server
     kinds = _cache_kinds(result)
@@ -161,7 +163,7 @@ def _load(
     return loaded, loads
 
 
-def _fails_too(source: Checkpoint, session: Session) -> str | None:
+def _fails_too(source: Checkpoint, session: VllmWorker) -> str | None:
     """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads.
 
     None where it runs, or where the process was lost and nothing was said.
@@ -183,7 +185,7 @@ def _judge_answer(
     answer: dict[str, Any] | None,
     loads: dict[str, dict[str, Any]],
     source: Checkpoint | None,
-    session: Session,
+    session: VllmWorker,
     report: Report,
 ) -> None:
     """The engine's word on a checkpoint whose source is not asked: it answers, and with numbers."""
@@ -274,7 +276,7 @@ def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[st
     }
 
 
-def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: Report) -> None:
+def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, report: Report) -> None:
     kinds = _cache_kinds(result)
     job = {**_engine_job(source, ANSWER, SCORED), "dtype": _dtype(result)}
     (before,) = _tried(session, [{**job, "kv": "auto"}], _patience(source))
@@ -309,7 +311,7 @@ def _generate(result: Checkpoint, source: Checkpoint, session: Session, report: 
     report.vllm["generated"] = figures
 
 
-def _tried(session: Session, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+def _tried(session: VllmWorker, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
     """Jobs' results; one whose process was lost gets another chance, since a busy machine may have taken it."""
     runs = session.run(jobs, seconds=seconds)
     for number, run in enumerate(runs):

@@ -115,18 +115,18 @@ def _start(job: dict[str, Any]) -> int:
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     if job["kind"] == "load":
-        from pipeline.serving.in_vllm import load
+        from pipeline.vllm_env.jobs import load
 
         return load.check(job)
     if job["kind"] == "generate":
-        from pipeline.serving.in_vllm import generate
+        from pipeline.vllm_env.jobs import generate
 
         return generate.run(job)
     if job["kind"] == "throughput":
-        from pipeline.serving.in_vllm import throughput
+        from pipeline.vllm_env.jobs import throughput
 
         return throughput.run(job)
-    from pipeline.serving.in_vllm import arguments
+    from pipeline.vllm_env.jobs import arguments
 
     return arguments.check(job)
 

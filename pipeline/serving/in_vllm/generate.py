@@ -10,7 +10,7 @@ import resource
 import time
 from typing import Any
 
-from pipeline.serving.in_vllm.load import CACHE_SCALES, Warnings, _attention_layers, _value
+from pipeline.vllm_env.jobs.load import CACHE_SCALES, Warnings, _attention_layers, _value
 
 QUESTION = "Describe the image."
 SIDE = 112  # of the image in pixels: two merged patches of Qwen's towers each way, and enough for others' resizing
@@ -35,7 +35,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm.platforms import current_platform
 
-    from pipeline.serving.in_vllm import cpu
+    from pipeline.vllm_env.jobs import cpu
 
     begin = time.monotonic()
     seen = Warnings()

@@ -63,7 +63,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm.platforms import current_platform
 
-    from pipeline.serving.in_vllm import cpu
+    from pipeline.vllm_env.jobs import cpu
 
     begin = time.monotonic()
     cpu.fill_in()

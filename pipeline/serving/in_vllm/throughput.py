@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from pipeline.serving.in_vllm.load import Warnings
+from pipeline.vllm_env.jobs.load import Warnings
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
