@@ -98,7 +98,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline.checkpoint import hub
     from pipeline.plan import plan as plans
     from pipeline.recipe import recipe as recipes
-    from pipeline.report.plan import as_json
+    from pipeline.report.plan import as_json as plan_as_json
     from pipeline.run import runner
     from pipeline.verify.verify import find_environment, how_verified
 
@@ -110,7 +110,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     made, server = _guarded(make)
     if as_json:
-        click.echo(json.dumps(as_json(made)))
+        click.echo(json.dumps(plan_as_json(made)))
         return
     from pipeline.report.console import Console
 
@@ -227,9 +227,10 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="trace.json", show_default=True)
 def trace(checkpoint: Path, output: Path) -> None:
     """Write a run's timings as a trace that opens in Perfetto (ui.perfetto.dev). CHECKPOINT may be a .partial."""
+    from pipeline.checkpoint.result import EVENTS
     from pipeline.events import chrome_trace, read_events
 
-    events = checkpoint / "quantize" / "events.jsonl"
+    events = checkpoint / EVENTS
     if not events.exists():
         _fail(UsageError(f"{events}: no such file; a run of this program leaves it in its output"))
     made = _guarded(lambda: chrome_trace(read_events(events)))

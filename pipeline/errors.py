@@ -5,6 +5,8 @@ interrupted after a clean save, run again to go on.
 """
 
 import errno
+from collections.abc import Callable
+from typing import TypeVar
 
 
 class PipelineError(Exception):
@@ -131,3 +133,35 @@ def explain_os_error(error: OSError, doing: str) -> str:
     if error.errno == errno.EIO:
         return f"the device failed while {doing}{where}: {error.strerror}; check the drive, then run again"
     return f"{doing} failed{where}: {error.strerror or error}"
+
+
+T = TypeVar("T")
+
+
+def attempt(doing: str, call: Callable[[], T]) -> T:
+    """Do a part of a run; what the system raises becomes one of ours.
+
+    Args:
+        doing: what is under way, for the message, e.g. ``"writing /nvme/out.partial"``.
+        call: does it.
+
+    Raises:
+        PipelineError: for an OSError, see `from_os_error`.
+        OutOfMemory: memory of the host or of a GPU ran out.
+    """
+    try:
+        return call()
+    except OSError as error:
+        raise from_os_error(error, doing) from None
+    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"memory ran out while {doing} ({first_line(error)}); free some, or lower calibration.batch_tokens, "
+            "runtime.threads or runtime.device_memory"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -55,42 +55,6 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process now; 0 where the system does not say."""
-    try:
-        with Path("/proc/self/statm").open("rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-
-
-def peak_rss_bytes() -> int:
-    """The most resident memory this process has had.
-
-    Linux counts ru_maxrss through exec, so that a child begins with its parent's peak; VmHWM does not.
-    """
-    try:
-        with Path("/proc/self/status").open(encoding="ascii") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak_rss() -> None:
-    """Let `peak_rss_bytes` begin anew, where the system can: Linux, by clear_refs (man 5 proc)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
 def layer_timings(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per layer, over all runs of a record: seconds in each stage, bytes read and written, memory; slowest first.
 
@@ -158,3 +122,8 @@ def chrome_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for (stage, thread), row in rows.items()
     ]
     return {"traceEvents": names + trace, "displayTimeUnit": "ms"}
+
+
+def recorded_layers(path: Path) -> list[dict[str, Any]]:
+    """`layer_timings` of the record at `path`; empty where there is none."""
+    return layer_timings(read_events(path)) if path.exists() else []

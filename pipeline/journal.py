@@ -11,18 +11,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.result import JOURNAL, LOCK
 from pipeline.checkpoint.writer import sync_directory
 from pipeline.errors import Busy, OtherRun, UsageError
-
-pass
-
-JOURNAL = "quantize/journal.jsonl"
-LOCK = "quantize/lock"
 
 
 @dataclass(frozen=True)
@@ -253,3 +249,29 @@ def _read(path: Path, identity: dict[str, Any], partial: Path) -> State:
             begun=True,
         )
     return state
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities differ, with both values, for a person to read."""
+    lines = []
+    for key in sorted(set(before) | set(now)):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key.startswith("source.") and isinstance(old, list) and isinstance(new, list):
+            lines.append(f"{key}: the file has changed")
+        elif key == "layout":
+            continue  # follows from another field
+        else:
+            lines.append(f"{key}: {_short(old)} then, {_short(new)} now")
+    return lines or ["layout: the output's layout"]
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the fields in which two identities differ."""
+    return frozenset(key for key in set(before) | set(now) if before.get(key) != now.get(key))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -17,7 +17,7 @@ case $kind in
 *) echo "setup_vllm: --cpu or --gpu, not $kind" >&2; exit 2 ;;
 esac
 
-shim=pipeline/serving/in_vllm/torch_shim.py
+shim=pipeline/vllm_env/jobs/torch_shim.py
 stamp=$(echo "$wanted" | cat - scripts/setup_vllm.sh "$shim" | sha256sum | cut -d' ' -f1)
 
 has() {

@@ -402,6 +402,7 @@ def convert(captions: Path, tmp_path: Path) -> Callable[..., Path]:
 
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     def run(source: Path, backend: str, name: str = "out", more: str = "", samples: int = 20, **values: Any) -> Path:
         path = values.get("captions", captions)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.machine.processes import oom_kills
 
 from pipeline.batch import command, forecast, ledger, manifest
 from pipeline.batch.executor import Local, how_ended
@@ -26,6 +25,7 @@ from pipeline.batch.manifest import Job
 from pipeline.batch.planning import Facts, Refusal, plan_all
 from pipeline.batch.progress import Follower
 from pipeline.errors import PipelineError, UsageError
+from pipeline.machine.processes import oom_kills
 from tests import nights
 from tests.conftest import CALIBRATED, QUANTIZE, RECIPE, assert_one_clear_line, make_plain_checkpoint
 from tests.nights import Night

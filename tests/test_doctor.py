@@ -232,6 +232,7 @@ def test_a_result_that_is_there(machine: Machine, recipe_of: Any) -> None:
     from pipeline.run import runner
 
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     wanted = recipe_of()
     runner.run(wanted, Console())

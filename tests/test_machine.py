@@ -10,6 +10,7 @@ from pipeline.machine.memory import available_memory
 
 from pipeline.calibration import placement as machine
 from pipeline.errors import PipelineError, UsageError
+from pipeline.machine.memory import available_memory
 
 GB = 10**9
 CPU = Device("cpu", "cpu AVX512", "", 100 * GB)

@@ -45,8 +45,8 @@ def test_every_output_byte_has_one_place(tmp_path: Path) -> None:
 
 
 def test_units_are_in_order_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "UNIT_BYTES", 40_000)
-    monkeypatch.setattr(plans, "PIECE_BYTES", 5_000)
+    monkeypatch.setattr(layout, "UNIT_BYTES", 40_000)
+    monkeypatch.setattr(layout, "PIECE_BYTES", 5_000)
     made = make(make_plain_checkpoint(tmp_path / "s"))
     units = [piece.unit for piece in made.pieces]
     assert units == sorted(units) and set(units) == set(range(made.units)) and made.units >= 3

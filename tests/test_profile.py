@@ -352,6 +352,7 @@ def test_without_vllm_the_structure_is_checked_and_said_so(
     from pipeline.run import runner
 
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     monkeypatch.setattr(servers, "default_place", lambda: tmp_path / "none")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

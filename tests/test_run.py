@@ -22,6 +22,11 @@ from pipeline.errors import PipelineError, UsageError, VerificationFailed
 from pipeline.journal import Journal
 from pipeline.plan import plan as plans
 from pipeline.report.console import Console
+from pipeline.report.outcome import Outcome
+from pipeline.run import finalize as finalizing
+from pipeline.run import runner
+from pipeline.serving import profile_check
+from pipeline.verify import verify
 from tests.conftest import (
     CALIBRATED,
     QUANTIZE,
@@ -35,8 +40,8 @@ from tests.conftest import (
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units and pieces in a small checkpoint."""
-    monkeypatch.setattr(plans, "UNIT_BYTES", 20_000)
-    monkeypatch.setattr(plans, "PIECE_BYTES", 3_000)
+    monkeypatch.setattr(layout, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(layout, "PIECE_BYTES", 3_000)
 
 
 def run(recipe: Path, *overrides: str, fresh: bool = False) -> Outcome:
@@ -326,12 +331,11 @@ def test_a_result_that_fails_verification_is_not_published(
     tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The config forgets to ignore the head: the structural check must stop it, and the next run must not pass."""
-    from pipeline.checkpoint import sidecars
 
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
-    write = sidecars.config_with
+    write = finalizing.config_with
     with monkeypatch.context() as patch:
-        patch.setattr(sidecars, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
+        patch.setattr(finalizing, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
         for _ in range(2):
             with pytest.raises(PipelineError, match="lm_head: BF16, but the config does not ignore it"):
                 run(recipe)
@@ -438,12 +442,12 @@ def test_a_directory_that_appears_meanwhile_is_left_alone(
     seal = finalize
 
     def appear(*arguments: Any) -> None:
-        seal(*arguments)
+        finalize(*arguments)
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "thesis.txt").write_text("years of work")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_seal", appear)
+        patch.setattr(runner, "finalize", appear)
         with pytest.raises(UsageError, match="no result of this program"):
             run(recipe, fresh=fresh)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
@@ -540,7 +544,7 @@ def test_a_result_that_failed_in_vllm_does_not_pass_by_being_asked_less(
     assert_one_clear_line(done, 1, "it is published, but has failed verify: load; do not serve it")
     assert "its bytes are not those that the run wrote" in done.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "find", lambda *_: None)
+        patch.setattr(verify, "find", lambda *_: None)
         with pytest.raises(VerificationFailed, match="has failed verify: load"):
             run(recipe, "verify=load")
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
@@ -582,13 +586,13 @@ def test_long_work_ends_early_over_a_profile_that_vllm_refuses(
         read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "EARLY", 0)
+        patch.setattr(profile_check, "EARLY", 0)
         patch.setattr(stream, "read_exactly", slow)
         with pytest.raises(UsageError, match=r"serve: vllm.* refuses the profile: unrecognized arguments: --prot 8001"):
             run(recipe, "verify=load", "serve={extra: {prot: 8001}}")
     done = (tmp_path / "out.partial" / JOURNAL).read_text().count('"unit"')
     assert done and not (tmp_path / "out").exists()
-    monkeypatch.setattr(runner, "EARLY", 0)
+    monkeypatch.setattr(profile_check, "EARLY", 0)
     outcome = run(recipe, "verify=load", "serve={extra: {port: 8001}}")
     assert outcome.report is not None and outcome.report.proven_in_vllm
     events = (tmp_path / "out" / "quantize" / "events.jsonl").read_text()

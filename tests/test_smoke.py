@@ -20,6 +20,9 @@ from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import DiskFull
 from pipeline.recipe import recipe
 from pipeline.report.console import Console
+from pipeline.run import smoke
+from pipeline.run.estimate import estimate_run, forward_seconds
+from pipeline.run.smoke import SAMPLES
 from tests.conftest import (
     CALIBRATED,
     RECIPE,
@@ -192,11 +195,11 @@ def test_what_a_kill_leaves_the_next_one_removes(
 def test_what_fails_verification_is_told_and_kept_where_asked(
     keep: bool, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.checkpoint import sidecars
+    from pipeline.run import finalize
 
     file = write_recipe(make_plain_checkpoint(tmp_path / "from", layers=4))
-    write = sidecars.config_with
-    monkeypatch.setattr(sidecars, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
+    write = finalize.config_with
+    monkeypatch.setattr(finalize, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
     done = smoke.smoke(recipe.load(file), Console(), keep)
     assert not done.report.passed and done.forecast is None
     Console().show_smoke(done)
@@ -368,4 +371,4 @@ def test_small_layers_run_more_captions(small_model: Callable[[str], Path], capt
     assert samples() == 40  # all there are
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smoke, "LARGE_LAYER", plan.layers[0].nbytes // 2)
-        assert samples() == smoke.SAMPLES
+        assert samples() == SAMPLES

@@ -27,6 +27,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     root = tmp_path_factory.mktemp("pair")
     vision = {"visual.blocks.0.qkv.weight": (24, 8), "visual.blocks.0.norm.weight": (8,)}

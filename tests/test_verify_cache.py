@@ -26,6 +26,7 @@ def pairs(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     root = tmp_path_factory.mktemp("pairs")
     (root / "c.txt").write_text("\n".join(SENTENCES))

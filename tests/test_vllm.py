@@ -57,6 +57,7 @@ def convert(source: Path, output: Path, backend: str, more: str = "", captions: 
 
     from pipeline.recipe import recipe
     from pipeline.report.console import Console
+    from pipeline.run import runner
 
     text = (
         f"model: {{source: '{source}'}}\noutput: '{output}'\nbackend: {backend}\nscheme: {SCHEMES[backend]}\n"

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import CalibrationError, Output, Ranges, cache_scales
 from pipeline.formats.kv_scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, usable
-from pipeline.model.fused import FUSED_LINEARS
+from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection
 
 if TYPE_CHECKING:
@@ -335,16 +335,6 @@ def _expert_parts(block: Experts) -> Iterator[tuple[str, Any, Any, Any]]:
             module.down_proj_weight_quantizers[expert],
             module.down_proj_input_quantizer,
         )
-
-
-def fused_groups(names: Iterable[str]) -> Iterator[list[str]]:
-    """The modules that vLLM runs as one GEMM: q/k/v, gate/up and the like, within one parent."""
-    known = dict.fromkeys(names)
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in known):
-        for _, parts in FUSED_LINEARS:
-            found = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in known]
-            if len(found) > 1:
-                yield found
 
 
 def _shared_ranges(layer: Layer) -> dict[str, float]:

@@ -21,6 +21,8 @@ from pipeline.batch.job import Asked, Ending, ask, ending_path
 from pipeline.batch.planning import Facts
 from pipeline.batch.progress import EVENTS, Follower, Progress
 from pipeline.events import read_events
+from pipeline.machine.drives import device_of, existing
+from pipeline.machine.gpus import gpu_memory
 from pipeline.machine.memory import available_memory
 from pipeline.machine.processes import oom_kills, signal_name
 from pipeline.plan.disk import written_already
@@ -131,22 +133,22 @@ class Local:
         """Whether each drive holds this job beside what running ones, and a download, have yet to write there."""
         promised: Counter[int] = Counter()
         for path, nbytes in [claim for other in others for claim in _claims(other)]:
-            promised[_drive(path)] += nbytes
+            promised[device_of(path)] += nbytes
         if self.downloading is not None:
-            promised[_drive(self.downloading[0])] += self.downloading[1]
+            promised[device_of(self.downloading[0])] += self.downloading[1]
         own: Counter[int] = Counter()
         for path, nbytes in _claims(facts):
-            own[_drive(path)] += nbytes
+            own[device_of(path)] += nbytes
         return all(
-            own[_drive(path)] + promised[_drive(path)] + DISK_RESERVE <= shutil.disk_usage(existing(path)).free
+            own[device_of(path)] + promised[device_of(path)] + DISK_RESERVE <= shutil.disk_usage(existing(path)).free
             for path, _ in _claims(facts)
         )
 
     def has_room(self, place: Path, nbytes: int) -> bool:
         """Whether a download of so many bytes fits beside what running jobs have yet to write to its drive."""
-        drive = _drive(place)
+        drive = device_of(place)
         claims = [claim for entry in self._running.values() for claim in _claims(entry.facts)]
-        promised = sum(size for path, size in claims if _drive(path) == drive)
+        promised = sum(size for path, size in claims if device_of(path) == drive)
         return nbytes + promised + DISK_RESERVE <= shutil.disk_usage(existing(place)).free
 
     def start(self, asked: Asked, facts: Facts, place: Path) -> None:
@@ -247,28 +249,6 @@ def share_gpu(asked: Asked, jobs: int) -> Asked:
     return replace(asked, overrides=(*asked.overrides, f"runtime.device_memory={part // 10**6}MB"))
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, without importing torch."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [word.strip() for word in named.split(",") if word.strip() and word.strip() != "-1"]
-    return [line for line in _nvidia_smi("index") if line.isdigit()]
-
-
-def gpu_memory() -> int:
-    """Bytes of the smallest GPU's memory; 0 where there is none."""
-    found = [int(line) for line in _nvidia_smi("memory.total") if line.isdigit()]  # MiB
-    return min(found, default=0) << 20
-
-
-def _nvidia_smi(field: str) -> list[str]:
-    try:
-        asked = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines()] if not done.returncode else []
-
-
 def describe_machine(gpus: Sequence[str]) -> str:
     """For a reader: the host, its cores, memory and GPUs."""
     from pipeline.machine.memory import total_memory
@@ -282,14 +262,3 @@ def _claims(facts: Facts) -> list[tuple[Path, int]]:
     """Where a job has yet to write, and how many bytes."""
     found = [(Path(facts.output), max(0, facts.disk - written_already(facts.partial)))]
     return [*found, (Path(facts.work), facts.scratch)] if facts.work is not None else found
-
-
-def existing(path: Path) -> Path:
-    """The nearest place of a path that is there: the drive that it will be on."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _drive(path: Path) -> int:
-    return existing(path).stat().st_dev

@@ -212,7 +212,7 @@ def _convert(recipe: Recipe, asked: Asked, notes: list[str]) -> tuple[Path, Repo
             machine = MACHINE_FIELDS if asked.cluster else frozenset()
             if not error.begun and error.fields <= machine:
                 notes.append(f"it was published with {_names(error.fields)} of another node")
-                return places(recipe)[0], None
+                return places(recipe.output)[0], None
             if fresh or not error.begun or not error.fields <= machine | set(asked.restarts):
                 raise
             fresh = True  # what was begun with other batches, or where a processor rounds otherwise, cannot go on here

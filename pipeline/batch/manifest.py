@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from pipeline.errors import UsageError
-from pipeline.recipe.sections import Section
+from pipeline.recipe.recipe import Section
 from pipeline.recipe.yaml_text import Document, compose, dotted, nearest, parse_value, read
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")

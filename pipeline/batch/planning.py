@@ -314,7 +314,7 @@ def _done(plan: Plan) -> float:
     from pipeline.checkpoint.result import places
     from pipeline.journal import read_identity, read_pieces
 
-    partial = places(plan.recipe)[1]
+    partial = places(plan.recipe.output)[1]
     if not partial.is_dir() or read_identity(partial) != plan.identity:
         return 0.0
     try:

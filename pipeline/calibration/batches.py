@@ -15,24 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.source import SourceError
+from pipeline.model.batch import Batch
 
 BATCH_TOKENS = 4096  # computed at once: fills a GPU's matrix units, and stays small beside a layer
 DAY = "01 Jan 2026"  # for templates that name today's date: the same captions give the same tokens tomorrow
 QUESTION = "Describe the image in one sentence."  # what the caption answers, with template: chat
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`rows` sequences of `length` tokens, one after the other in `ids`."""
-
-    rows: int
-    length: int
-    ids: array[int]
-
-    @property
-    def tokens(self) -> int:
-        """How many positions a forward computes."""
-        return self.rows * self.length
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pipeline.checkpoint.hub import HUB_ID
 from pipeline.errors import UsageError
-from pipeline.recipe.sections import Calibration
+from pipeline.recipe.recipe import Calibration
 
 CALIB_DATA = Path(__file__).resolve().parents[2] / "calib_data"  # by place: the package need not be importable
 EMBEDDED = CALIB_DATA / "embedded.txt"

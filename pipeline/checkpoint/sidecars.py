@@ -9,12 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.source import INDEX, Checkpoint, SourceError, read_json
+from pipeline.checkpoint.result import FILES
+from pipeline.checkpoint.source import Checkpoint, SourceError, read_json
 from pipeline.checkpoint.writer import write_file
-from pipeline.plan.plan import Plan
 
 SECTION = "quantization_config"
-FILES = "quantize/files.json"  # SHA-256 of the small files, by name
 
 
 def carry_files(checkpoint: Checkpoint, target: Path) -> None:
@@ -26,7 +25,7 @@ def carry_files(checkpoint: Checkpoint, target: Path) -> None:
     for name in carried:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.root / name, target / name)
-    _record(target, {}, carried)
+    record_files(target, {}, carried)
 
 
 def changed_files(root: Path) -> list[str]:
@@ -45,7 +44,8 @@ def changed_files(root: Path) -> list[str]:
     return found
 
 
-def _record(target: Path, before: dict[str, str], names: Iterable[str]) -> None:
+def record_files(target: Path, before: dict[str, str], names: Iterable[str]) -> None:
+    """Add the SHA-256 of the files `names` in `target` to those recorded `before`, and write `FILES`."""
     recorded = {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in names}
     write_file(target / FILES, (json.dumps({**before, **recorded}, indent=2) + "\n").encode())
 
@@ -72,28 +72,3 @@ def config_with(text: str, section: dict[str, Any]) -> str:
     changed = json.loads(result)
     assert changed.pop(SECTION) == json.loads(json.dumps(section)) and changed == config
     return result
-
-
-def write_config(plan: Plan, target: Path) -> None:
-    """Write config.json, the source's with the backend's section, and what else the backend writes beside it.
-
-    Their hashes are added to those of `carry_files`.
-    """
-    extra = plan.backend.extra_files(plan.checkpoint, plan.selection)
-    for name, content in extra.items():
-        write_file(target / name, (json.dumps(content, indent=4) + "\n").encode())
-    if "config.json" not in extra:  # in ModelOpt's exact mode it is ModelOpt's
-        text = (plan.checkpoint.root / "config.json").read_bytes().decode("utf-8")  # with its own ends of lines
-        section = plan.backend.config_section(plan.selection)
-        write_file(target / "config.json", config_with(text, section).encode())
-    _record(target, json.loads((target / FILES).read_text()), ("config.json", *extra))
-
-
-def write_index(plan: Plan, target: Path) -> None:
-    """Write the index: total size in bytes and the shard of every tensor, by name, as transformers does."""
-    names = sorted(plan.outputs)
-    index = {
-        "metadata": {"total_size": sum(output.nbytes for output in plan.outputs.values())},
-        "weight_map": {name: plan.shards[plan.outputs[name].shard].name for name in names},
-    }
-    write_file(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.errors import PipelineError
 
@@ -171,3 +172,8 @@ def publish(partial: Path, output: Path, replace: bool) -> bool:
         os.rename(partial, output)
     sync_directory(output.parent)
     return exchanged
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as the JSON text that records are written in: indented by two, UTF-8, with a line's end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -121,7 +121,7 @@ def _plan(system: System, recipe: Recipe) -> tuple[list[Finding], Plan | None]:
         return [Finding("recipe", "unfit", text, "mend the installation: bash scripts/setup.sh")], None
     text = (
         f"{plan.checkpoint.label}: {size_text(plan.checkpoint.nbytes)} become {size_text(plan.output_nbytes)} in "
-        f"{places(recipe)[0]}, memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
+        f"{places(recipe.output)[0]}, memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
     )
     found = [Finding("recipe", "ok", text)]
     if plan.calibration is not None:
@@ -135,7 +135,7 @@ def _refusals(plan: Plan) -> Iterator[Finding]:
     """What the run itself would refuse before its first byte."""
     try:
         if preflight(plan):
-            yield Finding("recipe", "note", f"{places(plan.recipe)[0]}: done already, by an identical run")
+            yield Finding("recipe", "note", f"{places(plan.recipe.output)[0]}: done already, by an identical run")
     except PipelineError as error:
         yield from _of_error(error)
 

@@ -6,8 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.checkpoint.result import places
 from pipeline.doctor.finding import Finding, Status
-from pipeline.machine.drives import Mount, mount_of, mounts, spins
+from pipeline.machine.drives import SAMPLE, Mount, Rate, measure_drive, measure_read, mount_of, mounts, nearest, spins
 from pipeline.machine.system import System, wsl
 from pipeline.units import size_text
 
@@ -32,10 +30,6 @@ WINDOWS = ("ntfs", "ntfs3", "fuseblk", "exfat", "vfat", "msdos")
 MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 SMALL_FILES = 4 << 30  # vfat's longest file
 
-SAMPLE = 256 << 20
-BLOCK = 8 << 20
-FLUSH = 32 << 20  # so that a slow drive is noticed before all of the sample waits for it
-SECONDS = 1.5  # for each rate, at most, on a drive that does anything at all
 ROOM = 4  # times the sample must be free, else the drive is left alone
 SMALLEST = 16 << 20  # what is read in a moment says nothing
 SLOW = 150e6  # bytes a second; a spinning disk's, below what a single thread casts
@@ -139,81 +133,7 @@ def _kind(system: System, mount: Mount, kind: str, what: str, use: Use) -> Findi
     return Finding(use.area, "ok", what)
 
 
-def nearest(path: Path) -> Path:
-    """The path, or the first of its parents that exists."""
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
-
-
 # --- rates -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Bytes moved, and in how many seconds."""
-
-    nbytes: int
-    seconds: float
-
-    @property
-    def speed(self) -> float:
-        """Bytes a second."""
-        return self.nbytes / max(self.seconds, 1e-9)
-
-
-def measure_drive(directory: Path, size: int = SAMPLE) -> tuple[Rate, Rate]:
-    """Write a scratch file, flushed, and read it back past the page cache. Nothing stays behind.
-
-    Args:
-        directory: where.
-        size: of the file, at most.
-
-    Returns:
-        The rates of writing and of reading.
-
-    Raises:
-        OSError: the drive's.
-    """
-    block = os.urandom(BLOCK)  # a compressing drive would be flattered by zeros
-    number, name = tempfile.mkstemp(prefix=".quantize-doctor-", dir=directory)
-    try:
-        with contextlib.suppress(OSError):  # not every network drive lets an open file go
-            Path(name).unlink()
-        begin, written = time.perf_counter(), 0
-        while written < size and (written < FLUSH or time.perf_counter() - begin < SECONDS):
-            written += os.write(number, block[: size - written])
-            if written % FLUSH == 0:
-                os.fdatasync(number)
-        os.fsync(number)
-        wrote = Rate(written, time.perf_counter() - begin)
-        return wrote, _read(number, written)
-    finally:
-        os.close(number)
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-
-
-def measure_read(path: Path, size: int = SAMPLE) -> Rate:
-    """Read the beginning of a file past the page cache. Raises OSError."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        return _read(number, min(size, os.fstat(number).st_size))
-    finally:
-        os.close(number)
-
-
-def _read(number: int, size: int) -> Rate:
-    os.posix_fadvise(number, 0, size, os.POSIX_FADV_DONTNEED)
-    begin, done = time.perf_counter(), 0
-    buffer = bytearray(BLOCK)
-    while done < size and (not done or time.perf_counter() - begin < SECONDS):
-        count = os.preadv(number, [buffer], done)
-        if count == 0:
-            break
-        done += count
-    return Rate(done, time.perf_counter() - begin)
 
 
 def judge(use: Use, wrote: Rate | None, read: Rate, spinning: bool | None = None) -> Finding:
@@ -296,7 +216,7 @@ def _uses(recipe: Recipe | None, plan: Plan | None, cache: Path) -> Iterator[Use
     if recipe is None:
         yield Use("output", Path.cwd(), "output", True)
         return
-    output, partial = places(recipe)
+    output, partial = places(recipe.output)
     calibration = plan.calibration if plan is not None else None
     scratch = calibration.needs.hidden * (3 if calibration.place == "file" else 2) if calibration is not None else 0
     apart = recipe.runtime.work_directory is not None

@@ -31,7 +31,7 @@ MAIN = (
     "datasets", "huggingface-hub", "tokenizers",
 )  # fmt: skip
 CONSTRAINTS = "constraints.txt"
-PROVEN_VLLM = ("0.24", "0.32")  # see calibration/scales.py
+PROVEN_VLLM = ("0.24", "0.32")  # see formats/kv_scales.py
 TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads them
 
 # What was tried against huggingface_hub 1.33, transformers 5.14.1 and datasets 5.0.1; a test holds it.

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase, translate
 from typing import Any, Literal
 
+from pipeline.checkpoint.config import head_is_tied, text_config
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor
-from pipeline.errors import UsageError
+from pipeline.model.ignore import ignored_modules, refuse_split_groups
 
 # Families whose selection the tests compare with transformers. Others work by the same rules, with a warning.
 TESTED_MODEL_TYPES = frozenset({
@@ -29,13 +29,6 @@ TESTED_MODEL_TYPES = frozenset({
 # as transformers 5 saves, are told apart by their shapes.
 FUSED_EXPERTS = frozenset({"qwen3_vl_moe"})
 
-# What vLLM merges into one GEMM with one quantization scheme (packed_modules_mapping of its models).
-FUSED_LINEARS = (
-    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    ("gate_up_proj", ("gate_proj", "up_proj")),
-    ("w13", ("w1", "w3")),
-    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
-)
 
 Role = Literal[
     "linear", "experts", "ignored", "router", "norm", "embedding", "head", "tied head", "outside", "other"
@@ -105,23 +98,6 @@ class Selection:
     warnings: tuple[str, ...] = ()
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model; the whole, where there is no such part."""
-    for key in ("text_config", "llm_config", "language_config"):
-        part = config.get(key)
-        if isinstance(part, dict):
-            return part
-    thinker = config.get("thinker_config")
-    return text_config(thinker) if isinstance(thinker, dict) else config
-
-
-def head_is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the head is the embedding: said somewhere, and denied nowhere."""
-    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    return bool(said) and all(said)
-
-
 def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
     """Find the language model and give every tensor its role.
 
@@ -143,8 +119,8 @@ def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
     layouts = _expert_layouts(checkpoint, choices, found, model_type)
     warnings = _check_layers(checkpoint, choices, found)
     modules = quantizable_modules(checkpoint, choices, layouts)
-    ignored = _apply_ignore(checkpoint, modules, list(ignore))
-    _refuse_split_groups(modules, ignored)
+    ignored = ignored_modules(checkpoint, modules, list(ignore))
+    refuse_split_groups(modules, ignored)
     whole, gone = Counter(modules.values()), Counter(modules[module] for module in ignored)
     for name, count in gone.items():
         if count == whole[name]:
@@ -442,53 +418,6 @@ def attention_prefix(tensors: Iterable[str], layer: str) -> str | None:
 # --- ignore ------------------------------------------------------------------------------------------
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether an ignore pattern of a recipe means this module (see `select`)."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)
-
-
-def _apply_ignore(checkpoint: Checkpoint, modules: dict[str, str], patterns: list[str]) -> list[str]:
-    everything = set(modules) | {name.rpartition(".")[0] for name in checkpoint.tensors}
-    for pattern in patterns:
-        if not any(matches(pattern, module) for module in everything):
-            example = next(iter(modules))
-            raise UsageError(
-                f"ignore: {pattern!r} matches no module of {checkpoint.label}; names are the checkpoint's own, e.g. "
-                f"{example}; globs (*.down_proj) and re: with a regular expression work too"
-            )
-    return [module for module in modules if any(matches(pattern, module) for pattern in patterns)]
-
-
-def _refuse_split_groups(modules: dict[str, str], ignored: list[str]) -> None:
-    gone = set(ignored)
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for module in modules:
-        parent, _, last = module.rpartition(".")
-        if expert := re.match(r"(.*\.experts)\.\d+$", parent):
-            groups[(expert[1], "its experts, one fused kernel")].append(module)
-            continue
-        for fused, parts in FUSED_LINEARS:
-            if last in parts:
-                groups[(parent, fused)].append(module)
-    for (parent, fused), members in groups.items():
-        out = [member for member in members if member in gone]
-        if out and len(out) < len(members):
-            kept = [member for member in members if member not in gone]
-            raise UsageError(
-                f"ignore: {_names(out)} of {parent} would stay BF16 while {_names(kept)} become FP8, but vLLM fuses "
-                f"them ({fused}); ignore all of them or none"
-            )
-
-
-def _names(modules: list[str]) -> str:
-    parts = [module.split(".")[-1] for module in modules]
-    if (len(set(parts)) == 1 and len(parts) > 1) or len(parts) > 6:
-        return f"{len(parts)} modules ({modules[0]}, ...)"
-    return ", ".join(parts)
-
-
 def _kept_linears(checkpoint: Checkpoint, choices: dict[str, Choice], modules: dict[str, str]) -> tuple[str, ...]:
     kept: list[str] = []
     experts: dict[str, list[str]] = defaultdict(list)
@@ -506,73 +435,11 @@ def _kept_linears(checkpoint: Checkpoint, choices: dict[str, Choice], modules: d
     return tuple(dict.fromkeys(kept))
 
 
-NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")  # by vLLM, under ModelOpt's method
-
-
-class IgnoreList:
-    """The ``ignore`` of a quantization_config, as vLLM matches it.
-
-    An entry is a module's name, or ``re:`` with a regular expression matched from the start of the name; with
-    ModelOpt's method it may be a glob instead.
-
-    Args:
-        entries: the list.
-        method: the config's ``quant_method``.
-        loose: take ModelOpt's names for parts of names as well, and some vision towers for ignored in any case, as
-            vLLM does for its older exports (`ModelOptQuantConfigBase.is_layer_excluded`); ours need neither.
-
-    Raises:
-        ValueError: an entry is no text, or no regular expression.
-    """
-
-    def __init__(self, entries: Iterable[object], method: str = "compressed-tensors", loose: bool = False) -> None:
-        self._loose = loose and method == "modelopt"
-        self._literals: set[str] = set()
-        self._patterns: dict[str, re.Pattern[str]] = {}
-        for entry in entries:
-            if not isinstance(entry, str):
-                raise ValueError(f"{entry!r} is no module's name")
-            if method == "modelopt":
-                if "*" in entry:
-                    self._patterns[entry] = re.compile(translate(entry))
-                else:
-                    self._literals.add(entry)
-                continue
-            if not entry.startswith("re:"):
-                self._literals.add(entry)
-                continue
-            try:
-                self._patterns[entry] = re.compile(entry[3:])
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{entry!r} is no regular expression: {error}") from None
-
-    def __contains__(self, module: str) -> bool:
-        if self._loose and any(part in module for part in (*self._literals, *NEVER_QUANTIZED)):
-            return True
-        return module in self._literals or any(p.match(module) for p in self._patterns.values())
-
-    def by_pattern(self, module: str) -> bool:
-        """Whether a module is ignored by a pattern and not by its name."""
-        return module in self and module not in self._literals
-
-    def problems(self, linears: Mapping[str, str], modules: set[str]) -> list[str]:
-        """What vLLM would do wrong with this list.
-
-        Args:
-            linears: every module with a 2-D weight that can be a linear layer, and the weight's dtype.
-            modules: the names of all modules.
-        """
-        found = []
-        for module, dtype in linears.items():
-            if dtype == "F8_E4M3" and module in self:
-                found.append(f"{module}: it is FP8, but the config ignores it: vLLM would load codes as weights")
-            elif dtype != "F8_E4M3" and module not in self:
-                found.append(
-                    f"{module}: {dtype}, but the config does not ignore it: vLLM would cast it to FP8 with a scale "
-                    "that nobody set"
-                )
-        idle = sorted(self._literals - modules - {"lm_head"})
-        if self._loose:
-            idle = [entry for entry in idle if not any(entry in module for module in modules)]
-        idle += [entry for entry, p in self._patterns.items() if not any(p.match(module) for module in modules)]
-        return found + [f"quantization_config.ignore: {entry!r} matches nothing in this checkpoint" for entry in idle]
+def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection) -> Iterator[tuple[str, int, int]]:
+    """The modules, with rows and columns, that a linear weight or a block of fused experts becomes."""
+    if role == "linear":
+        yield name.removesuffix(".weight"), tensor.shape[0], tensor.shape[1]
+        return
+    block, _, kind = name.rpartition(".")
+    for _, modules in expert_modules(block, kind, selection.expert_layouts[block]):
+        yield from modules

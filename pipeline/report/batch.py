@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from pipeline import __version__
 from pipeline.checkpoint.writer import write_file
-from pipeline.units import size_text
+from pipeline.units import duration_text, size_text
 
 SECTIONS = ("failed", "left", "running", "waiting", "published")  # what was refused stands with what failed
 CLASSES = {
@@ -141,16 +141,6 @@ def verdict_text(verdict: Mapping[str, Any] | None) -> str:
     if not verdict["proven_in_vllm"]:
         return "structure only: not proven in vLLM"
     return f"{'loaded' if verdict['level'] == 'load' else 'loaded and run'} in {verdict['server'] or 'vLLM'}"
-
-
-def duration_text(seconds: float) -> str:
-    """A time as one reads it off a page: ``8.4 s``, ``52 s``, ``38 min``, ``7 h 42 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if round(seconds) < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _figures(jobs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.events import STAGES
 from pipeline.plan.plan import Plan
 from pipeline.report.plan import summary
-from pipeline.units import size_text
+from pipeline.units import size_text, time_text
 
 if TYPE_CHECKING:
     import rich.console
@@ -246,10 +246,3 @@ class Console:
         how = "loaded" if report.level == "load" else "loaded and run"
         proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not proven in vLLM"
         self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
-
-
-def time_text(seconds: float) -> str:
-    """Seconds, minutes or hours, as one would say them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

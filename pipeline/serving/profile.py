@@ -1,7 +1,7 @@
 """The serving profile: quantize/serve.yaml, for ``vllm serve DIR --config DIR/quantize/serve.yaml``.
 
 What the recipe's ``serve`` says, and for the rest what the checkpoint implies. Names are those of vLLM's arguments;
-`in_vllm.arguments` holds a profile against the vLLM that is installed.
+`vllm_env.jobs.arguments` holds a profile against the vLLM that is installed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.checkpoint.config import text_config
+from pipeline.checkpoint.result import PROFILE
 from pipeline.errors import PipelineError, UsageError
-from pipeline.recipe.sections import MAX_TOKENS, RopeScaling, Serve
+from pipeline.recipe.recipe import MAX_TOKENS, RopeScaling, Serve
 from pipeline.units import parse_size
 from pipeline.vllm_env.serve_arguments import name_problem
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
 
-FILE = "quantize/serve.yaml"
 LONGEST = 32768  # tokens of context that a profile asks for by itself; more costs memory that few requests use
 UNSAID = 2048  # tokens of context that vLLM takes where nothing says how many positions a model has
 # Beside weights and cache on each GPU: CUDA's context, graphs and the activations of the longest prefill.
@@ -198,7 +198,7 @@ def write(recipe: Recipe, config: Mapping[str, Any], weights: int) -> str:
     place = f"./{name}" if name.startswith("-") else name
     if why := name_problem(place):  # a served name of its own does not mend the directory's
         raise UsageError(f"output: {name!r} cannot stand in the profile's launch line: {why}")
-    lines = [f"#   {shlex.join(['vllm', 'serve', place, '--config', f'{place}/{FILE}'])}", "#"]
+    lines = [f"#   {shlex.join(['vllm', 'serve', place, '--config', f'{place}/{PROFILE}'])}", "#"]
     lines += _memory(serve, fit(serve, config, weights, fp8_cache), made["max-model-len"], fp8_cache)
     if serve.rope_scaling is None and _positions(_language(config)) is None:
         lines.append("# Nothing says how many positions the model has: max-model-len could not be held against them.")

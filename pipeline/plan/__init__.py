@@ -1,0 +1,1 @@
+"""What will happen to every tensor and every byte, decided before the first tensor is read."""

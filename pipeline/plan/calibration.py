@@ -1,0 +1,100 @@
+"""What runs through the layers while calibrating, on what, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.calibration.batches import Batches, make_batches, tokenize
+from pipeline.calibration.captions import CaptionSet, load_captions
+from pipeline.calibration.placement import Device, Needs, Place, choose_device, choose_place, import_libraries
+from pipeline.checkpoint.config import text_config
+from pipeline.checkpoint.layout import OutputTensor
+from pipeline.checkpoint.source import Checkpoint
+from pipeline.errors import UsageError
+from pipeline.plan.layout import LayerUnit
+from pipeline.recipe.recipe import Calibration, Recipe
+from pipeline.units import parse_size
+
+Prepare = Callable[[Calibration, Path], tuple[CaptionSet, Batches]]
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What runs through the layers, and on what."""
+
+    captions: CaptionSet
+    batches: Batches
+    device: Device
+    place: Place
+    place_why: str
+    needs: Needs
+    layers: tuple[LayerUnit, ...]
+    imports: float  # seconds that importing torch and transformers took
+
+
+def prepare(calibration: Calibration, root: Path) -> tuple[CaptionSet, Batches]:
+    """The captions that a recipe asks for, and their batches, by the tokenizer in `root`."""
+    captions = load_captions(calibration)
+    sequences = tokenize(captions.texts, root, calibration.template)
+    return captions, make_batches(sequences, calibration.max_length, calibration.batch_tokens)
+
+
+def plan_calibration(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    layers: tuple[LayerUnit, ...],
+    outputs: Mapping[str, OutputTensor],
+    prepare: Prepare,
+) -> CalibrationPlan:
+    """Captions, batches, device and the place of the activation cache of a calibrated run.
+
+    Raises:
+        UsageError: a caption has more tokens than the model has positions, or `runtime` asks for what is not here.
+        OutOfMemory: not even one layer fits the device.
+        DiskFull: the activation cache has to be a file, and the drive is too small for it.
+    """
+    assert recipe.calibration is not None, "the recipe's own check asks for it"
+    imports = import_libraries()
+    captions, batches = prepare(recipe.calibration, checkpoint.root)
+    text = text_config(checkpoint.config)
+    hidden = int(text.get("hidden_size") or 0) or _hidden_size(layers)
+    limit = text.get("max_position_embeddings")
+    if isinstance(limit, int) and batches.longest > limit:
+        raise UsageError(
+            f"calibration.max_length: a caption has {batches.longest} tokens, the model {limit} positions; lower it"
+        )
+    widest = max(shape for layer in layers for t in layer.tensors for shape in t.shape if len(t.shape) == 2)
+    tokens = max(batch.tokens for batch in batches.batches)
+    needs = Needs(
+        layer=max(layer.nbytes for layer in layers),
+        made=max(layer.result_nbytes(outputs) for layer in layers),
+        hidden=batches.tokens * hidden * 2,
+        activations=tokens * (4 * widest + 12 * hidden) * 2,
+    )
+    limit = recipe.runtime.device_memory
+    device = choose_device(recipe.runtime.device, parse_size(limit) if limit else None)
+    output = Path(recipe.output).expanduser().absolute()
+    work = Path(recipe.runtime.work_directory).expanduser() if recipe.runtime.work_directory else output.parent
+    place, why = choose_place(recipe.runtime.hidden_states, device, needs, work)
+    return CalibrationPlan(captions, batches, device, place, why, needs, layers, imports)
+
+
+def _hidden_size(layers: tuple[LayerUnit, ...]) -> int:
+    return min(shape for tensor in layers[0].tensors for shape in tensor.shape if len(tensor.shape) == 2)
+
+
+def calibration_warnings(recipe: Recipe, checkpoint: Checkpoint, calibration: CalibrationPlan) -> list[str]:
+    """What a careful user should know of the captions and the dtypes that a calibration runs with."""
+    found = []
+    batches = calibration.batches
+    if batches.cut:
+        found.append(
+            f"{batches.cut} of {batches.samples} captions were cut at calibration.max_length: "
+            f"{recipe.calibration.max_length if recipe.calibration else 0} tokens"
+        )
+    dtypes = {tensor.dtype for layer in calibration.layers for tensor in layer.tensors if len(tensor.shape) > 1}
+    if other := sorted(dtypes - {"BF16"}):
+        found.append(f"weights in {', '.join(other)} run in BF16 while ranges are measured")
+    return found

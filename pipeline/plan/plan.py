@@ -1,0 +1,252 @@
+"""The plan: every source tensor's fate and every output byte's place, before the first tensor is read.
+
+Made from the config and the headers alone. A fate is ``quantize``, ``copy`` or ``drop``, with a reason.
+Output shards are laid out completely: the stream only fills in bytes. Pieces are what one thread reads,
+computes and hands to the writer; units of pieces are what the journal records. A calibrated run has a unit a
+decoder layer besides, and its plan holds the token batches too: they decide bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.backends.base import Backend, CalibratedBackend
+from pipeline.backends.registry import choose_backend
+from pipeline.checkpoint.layout import OutputShard, OutputTensor
+from pipeline.checkpoint.source import Checkpoint, SourceError
+from pipeline.errors import UsageError
+from pipeline.model.ignore import IgnoreList
+from pipeline.model.selection import Selection, select
+from pipeline.plan.calibration import CalibrationPlan, Prepare, calibration_warnings, plan_calibration, prepare
+from pipeline.plan.layout import (
+    PIECE_BYTES,
+    UNIT_BYTES,
+    LayerUnit,
+    Piece,
+    TensorFate,
+    check_accounts,
+    cut_into_pieces,
+    draft_outputs,
+    lay_out,
+    layer_units,
+)
+from pipeline.recipe.recipe import Recipe, not_yet_built
+
+BASE_MEMORY = 80 << 20  # the process before its first buffer, measured with room to spare
+TORCH_MEMORY = 1200 << 20  # with torch, transformers and the quantization libraries imported
+CUDA_MEMORY = 3800 << 20  # and with CUDA's libraries loaded
+TENSOR_MEMORY = 3 << 10  # what plan and journal keep of an output tensor; a mixture has tens of thousands
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's text."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    backend: Backend
+    selection: Selection
+    fates: dict[str, TensorFate]
+    outputs: dict[str, OutputTensor]
+    shards: tuple[OutputShard, ...]
+    pieces: tuple[Piece, ...]  # of the data-free stream
+    threads: int
+    warnings: tuple[str, ...]
+    calibration: CalibrationPlan | None = None
+
+    @property
+    def layers(self) -> tuple[LayerUnit, ...]:
+        """The decoder layers of a calibrated run; none where no data is needed."""
+        return self.calibration.layers if self.calibration else ()
+
+    @property
+    def read_nbytes(self) -> int:
+        """What a whole run reads of the source."""
+        return sum(piece.nbytes for piece in self.pieces) + sum(layer.nbytes for layer in self.layers)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """See `_identity`; read from disk once, when a run first needs it."""
+        found: dict[str, Any] = json.loads(json.dumps(_identity(self)))  # as a journal gives it back
+        return found
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of all output shards."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def units(self) -> int:
+        """How many units the journal will hold."""
+        return self.piece_units + len(self.layers)
+
+    @property
+    def piece_units(self) -> int:
+        """How many of them belong to the data-free stream; they come first."""
+        return self.pieces[-1].unit + 1 if self.pieces else 0
+
+    @property
+    def in_flight(self) -> int:
+        """Pieces in memory at once: one a thread, and a few read ahead and waiting for the disk."""
+        return self.threads + 5
+
+    @property
+    def peak_memory(self) -> int:
+        """An upper bound in bytes: buffers for the largest piece, as read, as transposed and as written, in flight."""
+        pieces = [*self.pieces, *(piece for layer in self.layers for piece in layer.pieces)]
+        largest = max((max(p.nbytes, p.result_nbytes) for p in pieces), default=0)
+        buffers = 3 if any(p.transposed for p in pieces) else 2
+        stream = len(self.outputs) * TENSOR_MEMORY + self.in_flight * largest * buffers
+        if self.calibration is None:
+            return BASE_MEMORY + stream
+        found, needs = self.calibration, self.calibration.needs
+        on_host = 2 * needs.layer + 2 * needs.made + (needs.hidden if found.place == "host" else 0)
+        if found.device.kind == "cuda":
+            return CUDA_MEMORY + stream + on_host
+        return TORCH_MEMORY + stream + on_host + needs.layer + needs.activations
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare) -> Plan:
+    """Decide everything.
+
+    Args:
+        recipe: validated.
+        checkpoint: what it names.
+        prepare: makes captions and batches; one that remembers saves seconds where many plans ask for the same.
+
+    Raises:
+        UsageError: the recipe asks for what this checkpoint, or this version, cannot give.
+        SourceError: the checkpoint cannot be converted; the text says what to do.
+    """
+    if missing := not_yet_built(recipe):
+        raise UsageError("\n".join(missing))
+    _refuse_quantized(checkpoint)
+    backend = choose_backend(recipe)
+    selection = select(checkpoint, recipe.ignore)
+    drafts = list(draft_outputs(checkpoint, selection, backend))
+    outputs, shards = lay_out(drafts, recipe.shard_bytes)
+    calibrated = isinstance(backend, CalibratedBackend)
+    of_layers = [d for d in drafts if calibrated and d.layer is not None]
+    pieces = tuple(cut_into_pieces([d for d in drafts if not calibrated or d.layer is None], outputs))
+    layers = tuple(
+        layer_units(checkpoint, selection, backend, of_layers, outputs, pieces[-1].unit + 1 if pieces else 0)
+    )
+    fates = {draft.fate.tensor.name: draft.fate for draft in drafts if draft.fate is not None}
+    check_accounts(checkpoint, fates, outputs, pieces, layers)
+    _check_ignore(backend, selection, fates, outputs)
+    threads = recipe.runtime.threads or min(8, os.cpu_count() or 1)
+    warnings = list(selection.warnings)
+    calibration = None
+    if calibrated:
+        calibration = plan_calibration(recipe, checkpoint, layers, outputs, prepare)
+        warnings += calibration_warnings(recipe, checkpoint, calibration)
+    else:
+        if recipe.runtime.device == "cuda":
+            warnings.append("runtime.device: cuda is not used: this path needs no data and the disk sets its pace")
+        if recipe.runtime.work_directory is not None:
+            warnings.append("runtime.work_directory is not used: this path writes no scratch files")
+        if recipe.calibration is not None:
+            warnings.append("calibration is not used: neither fp8_dynamic weights nor kv_cache: none need data")
+    return Plan(
+        recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, threads, tuple(warnings), calibration
+    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    section = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    for part in ("text_config", "llm_config", "language_config"):
+        nested = checkpoint.config.get(part)
+        section = section or (nested.get("quantization_config") if isinstance(nested, dict) else None)
+    if section:
+        method = section.get("quant_method", "?") if isinstance(section, dict) else "?"
+        raise SourceError(
+            f"{checkpoint.label}: this checkpoint is quantized already ({method}); a second rounding only loses: "
+            "name the BF16 original as model.source"
+        )
+
+
+# --- fates -------------------------------------------------------------------------------------------
+
+
+# --- layout ------------------------------------------------------------------------------------------
+
+
+def _check_ignore(
+    backend: Backend, selection: Selection, fates: dict[str, TensorFate], outputs: dict[str, OutputTensor]
+) -> None:
+    """The config's ignore list against the tensors that will stand beside it, before the first byte is read."""
+    linears = {}
+    for fate in fates.values():
+        role = selection.choices[fate.tensor.name].role
+        for name in fate.outputs:
+            output = outputs[name]
+            linear = len(output.shape) == 2 and name.endswith(".weight") and role != "embedding"
+            if linear or (role == "ignored" and len(output.shape) == 2):
+                linears[name.removesuffix(".weight")] = output.dtype
+    modules = {name.rpartition(".")[0] for name in outputs} | set(selection.kept_linears)
+    section = backend.config_section(selection)
+    problems = IgnoreList(section["ignore"], section["quant_method"]).problems(linears, modules)
+    if problems:
+        raise SourceError(f"{problems[0]} (and {len(problems) - 1} more); please report it with the plan's --json")
+
+
+# --- identity ----------------------------------------------------------------------------------------
+
+
+# --- disk --------------------------------------------------------------------------------------------
+
+
+# --- views -------------------------------------------------------------------------------------------
+
+
+SAMPLES, SAMPLE_BYTES = 8, 4096
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What must be the same for a run to go on where another stopped. Flat, so that differences have names.
+
+    A directory's content is known by its path, sizes, mtimes, headers and a few sampled blocks a shard, since
+    another fine-tune of the same model has the same headers, and may have been unpacked with the same mtimes; a
+    hub's commit names its content.
+    """
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    asked = recipe.model_dump(include={"backend", "scheme", "kv_cache", "ignore", "backend_options"})
+    found: dict[str, Any] = {"pipeline": __version__, **asked, "shard_size": recipe.shard_bytes}
+    on_hub = checkpoint.revision is not None
+    found["source"] = checkpoint.label if on_hub else str(checkpoint.root.resolve())
+    found["source.revision"] = checkpoint.revision
+    for shard in checkpoint.shards:
+        sample = None if on_hub or shard.path is None else _sample(shard.path, shard.size)
+        found[f"source.{shard.name}"] = [shard.size, shard.header_sha256, shard.modified, sample]
+    for name in checkpoint.sidecars:
+        status = (checkpoint.root / name).stat()
+        found[f"source.{name}"] = [status.st_size, 0 if on_hub else status.st_mtime_ns]
+    dtypes = {fate.tensor.dtype for fate in plan.fates.values() if fate.fate == "quantize"}
+    found.update((f"library.{name}", version) for name, version in plan.backend.versions(dtypes).items())
+    found["layout"] = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
+    found["units"] = [PIECE_BYTES, UNIT_BYTES]
+    if plan.calibration is not None:  # what decides the bits of activations
+        batches = plan.calibration.batches  # captions, seed, template: whatever gives the same batches is the same
+        found["calibration.batches"] = [f"{batches.samples} captions, {batches.tokens} tokens", batches.digest]
+        assert recipe.calibration is not None
+        found["calibration.batch_tokens"] = recipe.calibration.batch_tokens
+        found["device"] = plan.calibration.device.name
+        if plan.calibration.device.kind == "cpu":
+            found["threads"] = plan.threads
+    return found
+
+
+def _sample(path: Path, size: int) -> str:
+    """SHA-256 over a few blocks spread over a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(1, SAMPLES + 1):
+            digest.update(os.pread(file.fileno(), SAMPLE_BYTES, size * number // (SAMPLES + 1)))
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""How a run or a smoke test ended, as plain data: runs fill it in, the console and the pages show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.stream.totals import Calibrated, Totals
+from pipeline.verify.report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended that did not fail.
+
+    Attributes:
+        output: the published directory.
+        already: it was there before, from an identical run.
+        layers: timings, slowest first.
+        totals: of this process; zero where all was done before.
+        report: of the verification; None if `already`, and proven far enough before.
+        calibrated: what this process read and ran of the layers; None without calibration.
+        findings: what the ranges say, for a careful user.
+    """
+
+    output: Path
+    already: bool
+    layers: list[dict[str, Any]]
+    totals: Totals
+    report: Report | None
+    calibrated: Calibrated | None = None
+    findings: tuple[str, ...] = ()
+
+
+@dataclass
+class Estimate:
+    """What the whole run will take, from what the smoke test measured.
+
+    Attributes:
+        seconds: of the whole run, and of its parts by name.
+        memory: peak of this process that was measured, and the plan's bound for the whole run, in bytes.
+        disk: of the result, and of hidden states while it runs, in bytes.
+        device: of the GPU's memory at most, in bytes; 0 without one.
+        reading: bytes a second that the source's drive gives, past the page cache.
+    """
+
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+    memory: tuple[int, int] = (0, 0)
+    disk: tuple[int, int] = (0, 0)
+    device: int = 0
+    reading: float = 0.0
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """How a smoke test ended.
+
+    Attributes:
+        layers: how many of how many.
+        report: of the truncated result.
+        forecast: None where something failed.
+        refusals: what the whole run would end with before its start; empty where it would start.
+        kept: where the truncated source and result were left; None where they were removed.
+        seconds: of the smoke test.
+    """
+
+    layers: tuple[int, int]
+    report: Report
+    forecast: Estimate | None
+    refusals: tuple[PipelineError, ...]
+    kept: Path | None
+    seconds: float

@@ -1,0 +1,99 @@
+"""Views of a plan: a table's rows, and the whole as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.plan.calibration import CalibrationPlan
+from pipeline.plan.plan import Plan
+
+
+def summary(plan: Plan) -> list[dict[str, Any]]:
+    """The plan in a few rows: what shares a fate, a reason and a part of the model, with counts and bytes."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for fate in plan.fates.values():
+        key = (fate.component, fate.fate, fate.reason)
+        row = rows.setdefault(
+            key,
+            {
+                "component": fate.component,
+                "fate": fate.fate,
+                "reason": fate.reason,
+                "tensors": 0,
+                "source_bytes": 0,
+                "output_bytes": 0,
+            },
+        )
+        row["tensors"] += 1
+        row["source_bytes"] += fate.tensor.nbytes
+        row["output_bytes"] += sum(plan.outputs[name].nbytes for name in fate.outputs)
+    return sorted(rows.values(), key=lambda row: (row["fate"] != "quantize", -row["source_bytes"]))
+
+
+def _calibration_json(found: CalibrationPlan) -> dict[str, Any]:
+    batches = found.batches
+    return {
+        "captions": found.captions.origin,
+        "samples": batches.samples,
+        "tokens": batches.tokens,
+        "shortest": batches.shortest,
+        "longest": batches.longest,
+        "cut": batches.cut,
+        "batches": len(batches.batches),
+        "computed_over_real_tokens": batches.padding,
+        "device": found.device.name,
+        "hidden_states": {"place": found.place, "bytes": found.needs.hidden},
+        "layer_bytes": found.needs.layer,
+        "forwards": len(found.layers) * len(batches.batches),
+    }
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan as plain data: every tensor, every place."""
+    source = plan.checkpoint
+    return {
+        "source": {
+            "name": source.label,
+            "revision": source.revision,
+            "model_type": source.config.get("model_type"),
+            "shards": len(source.shards),
+            "tensors": len(source.tensors),
+            "bytes": source.nbytes,
+        },
+        "output": {
+            "directory": plan.recipe.output,
+            "bytes": plan.output_nbytes,
+            "shards": [{"file": shard.name, "bytes": shard.size} for shard in plan.shards],
+        },
+        "language_model": {
+            "root": plan.selection.root,
+            "layers": plan.selection.layers,
+            "outside": list(plan.selection.outside),
+        },
+        "summary": summary(plan),
+        "units": plan.units,
+        "threads": plan.threads,
+        "peak_memory_bytes": plan.peak_memory,
+        "carried": list(source.sidecars),
+        "left_behind": [{"file": name, "reason": reason} for name, reason in source.left_behind],
+        "warnings": list(plan.warnings),
+        "calibration": None if plan.calibration is None else _calibration_json(plan.calibration),
+        "tensors": [
+            {
+                "name": fate.tensor.name,
+                "dtype": fate.tensor.dtype,
+                "shape": list(fate.tensor.shape),
+                "bytes": fate.tensor.nbytes,
+                "fate": fate.fate,
+                "reason": fate.reason,
+                "component": fate.component,
+                "layer": fate.layer,
+                "outputs": [
+                    {**asdict(plan.outputs[name]), "file": plan.shards[plan.outputs[name].shard].name}
+                    for name in fate.outputs
+                ],
+            }
+            for fate in plan.fates.values()
+        ],
+    }

@@ -1,0 +1,108 @@
+"""A result that is there already: kept, proven further, or refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import sidecars
+from pipeline.checkpoint.result import EVENTS, FILES, PROFILE, VERDICT
+from pipeline.checkpoint.source import read_json
+from pipeline.checkpoint.writer import json_bytes, write_file
+from pipeline.errors import PipelineError, UsageError, VerificationFailed, attempt
+from pipeline.events import recorded_layers
+from pipeline.plan.plan import Plan
+from pipeline.report.outcome import Outcome
+from pipeline.serving import profile
+from pipeline.serving.profile_check import hold_against
+from pipeline.stream.totals import Totals
+from pipeline.verify.report import Report
+from pipeline.verify.verify import LEVELS, find_environment, verify
+from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.worker import VllmWorker
+
+if TYPE_CHECKING:
+    from pipeline.report.console import Console
+
+
+def published(plan: Plan, output: Path, console: Console) -> Outcome:
+    """A result that is there already, with the serving profile and as far proven as this recipe asks.
+
+    Neither is part of a run's identity: nothing is converted again for them.
+
+    Raises:
+        PipelineError: a small file is not what the run wrote.
+        VerificationFailed: the result does not pass what it was not asked to pass before, or has failed what is not
+            asked now.
+    """
+    changed = sidecars.changed_files(output) if (output / FILES).exists() else []
+    if changed:
+        raise PipelineError(f"{output}: {changed[0]}; put it back, or make the result again with --fresh")
+    server = find_environment(plan.recipe)
+    try:
+        before = read_json(output / VERDICT)
+    except PipelineError:
+        before = {}
+    _refuse_failed(plan, output, before, server)
+    _write_profile(plan, output, console, server)
+    report = _prove_further(plan, output, console, before, server)
+    return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report)
+
+
+def _asked(before: dict[str, Any]) -> int:
+    """How far an earlier verification was to go, as a place in `LEVELS`; -1 where its record does not tell."""
+    asked = before.get("asked", before.get("level"))
+    return LEVELS.index(asked) if asked in LEVELS else -1
+
+
+def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: Server | None) -> None:
+    """A result that has failed does not pass by being asked less, or where there is no vLLM any more."""
+    asked = _asked(before)
+    less = asked > LEVELS.index(plan.recipe.verify) or (asked > 0 and server is None and before.get("vllm"))
+    if before.get("passed") is False and less:
+        raise VerificationFailed(
+            f"{output}: it is published, but has failed verify: {LEVELS[asked]}; do not serve it, verify it as far "
+            f"again, or make it again with --fresh:\n{listed(before.get('problems') or [])}"
+        )
+
+
+def _prove_further(
+    plan: Plan, output: Path, console: Console, before: dict[str, Any], server: Server | None
+) -> Report | None:
+    """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
+    path, far = output / VERDICT, _asked(before) >= LEVELS.index(plan.recipe.verify)
+    if before.get("passed") and (plan.recipe.verify == "structure" or server is None or (far and before.get("vllm"))):
+        return None
+    with VllmWorker(server) if server is not None else nullcontext() as session:
+        report = verify(output, plan.checkpoint, plan.recipe.verify, session, say=console.say)
+    report.checkpoint = output.name
+    attempt(f"writing {path}", lambda: write_file(path, json_bytes(report.as_json())))
+    if not report.passed:
+        raise VerificationFailed(
+            f"{output}: it is published, but fails verification; do not serve it, make it again with --fresh:\n"
+            f"{listed(report.problems)}"
+        )
+    return report
+
+
+def listed(problems: list[str]) -> str:
+    """Problems for the text of an error: a line each, indented, twenty at most."""
+    return "\n".join(f"  {problem}" for problem in problems[:20])
+
+
+def _write_profile(plan: Plan, output: Path, console: Console, server: Server | None) -> None:
+    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
+    path = output / PROFILE
+    if path.exists() and attempt(f"reading {path}", path.read_bytes) == text.encode():
+        return
+    said = "" if server is None else f", which {server.name} takes"
+    if server is not None:
+        with VllmWorker(server) as session:
+            answer = hold_against(session, text, output)
+        if answer["error"]:
+            said = f"; it was not held against {server.name}: {answer['error']}"
+        elif answer["problem"]:
+            raise UsageError(f"serve: {server.name} refuses the profile: {answer['problem']}; {path} stays as it was")
+    attempt(f"writing {path}", lambda: write_file(path, text.encode()))
+    console.say(f"{path}: written anew, as the recipe's serve section now says{said}")

@@ -1,0 +1,218 @@
+"""A run from top to bottom: plan → stream → layers → seal → verify → publish."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.checkpoint import hub
+from pipeline.checkpoint.result import EVENTS, LOCK, VERDICT, places
+from pipeline.checkpoint.writer import lost_shards, publish
+from pipeline.errors import (
+    Interrupted,
+    OtherRun,
+    PipelineError,
+    UsageError,
+    VerificationFailed,
+    attempt,
+)
+from pipeline.events import EventLog, recorded_layers
+from pipeline.journal import Journal, differences, differing, discard, read_identity
+from pipeline.machine.memory import peak_rss_bytes
+from pipeline.machine.signals import Stop, stop_on_signals
+from pipeline.plan.disk import check_disk
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.report import calibration as calibration_report
+from pipeline.report.outcome import Outcome
+from pipeline.run.finalize import finalize, record_verdict
+from pipeline.run.published import listed, published
+from pipeline.serving import profile
+from pipeline.serving.profile_check import profile_in_time
+from pipeline.stream.data_free import run_stream, take_back_lost_units
+from pipeline.stream.hidden import Scratch
+from pipeline.stream.layers import run_layers
+from pipeline.stream.totals import Calibrated, Totals
+from pipeline.units import size_text
+from pipeline.verify.report import Report
+from pipeline.verify.verify import find_environment, how_verified, verify
+from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.worker import VllmWorker
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.report.console import Console
+
+
+def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = True) -> Outcome:
+    """Convert a checkpoint as the recipe says.
+
+    Args:
+        recipe: validated.
+        console: what the user sees.
+        fresh: throw away what an earlier run left, and replace a result of this program.
+        announce: say how the result will be verified; a smoke test does that itself, afterwards.
+
+    Raises:
+        PipelineError: see `pipeline.errors`; nothing is published then.
+    """
+    output, partial = places(recipe.output)
+    with stop_on_signals() as stop:
+        plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
+        if preflight(plan, fresh):
+            return published(plan, output, console)
+        server = find_environment(recipe)
+        if fresh and partial.exists():
+            console.say(f"starting over: what {partial} holds is thrown away")
+        console.show_plan(plan)
+        if announce:
+            console.say(how_verified(recipe, server))
+        journal = attempt(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
+        try:
+            if fresh:
+                Scratch(plan, partial).clear()
+            if _finished(plan, output, fresh):  # another process published while this one waited for the lock
+                discard(partial)
+                return published(plan, output, console)
+            totals, report, calibrated = _convert(plan, journal, console, stop, server)
+            findings = tuple(calibration_report.findings(plan, journal))
+            stop.hold()
+            _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
+            exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
+            (output / LOCK).unlink(missing_ok=True)
+            if exchanged:
+                discard(partial)  # the result that --fresh replaces
+        finally:
+            journal.close()
+    return Outcome(output, False, recorded_layers(output / EVENTS), totals, report, calibrated, findings)
+
+
+def preflight(plan: Plan, fresh: bool = False) -> bool:
+    """Everything that can be refused before the first byte; nothing is written.
+
+    Returns:
+        Whether `output` is this very result already.
+
+    Raises:
+        UsageError: the output is not ours, another run's, or overlaps with the source.
+        PipelineError: the disk is too small.
+    """
+    output, partial = places(plan.recipe.output)
+    profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)  # refuses what no stated GPU can hold
+    for place in (output, partial):
+        _refuse_overlap(plan, place, "output")
+    if plan.recipe.runtime.work_directory is not None:
+        work = Scratch(plan, partial).directory
+        _refuse_overlap(plan, work, "runtime.work_directory", below=False)
+        if {output, partial} & {work, *work.parents}:
+            raise UsageError(f"runtime.work_directory: {work} is, or lies in, the output; choose another place")
+    if _finished(plan, output, fresh):
+        return True
+    attempt("looking at the disk", lambda: check_disk(plan, output, partial))
+    return False
+
+
+def _convert(
+    plan: Plan, journal: Journal, console: Console, stop: Stop, server: Server | None
+) -> tuple[Totals, Report, Calibrated | None]:
+    partial = journal.partial
+    log = EventLog(partial / EVENTS)
+    try:
+        for name in take_back_lost_units(plan, journal):
+            console.say(f"{partial / name}: missing or short, although finished before; it is written again")
+        resumed = len(journal.done)
+        log.write("run", pid=os.getpid(), units=plan.units, done=resumed, identity=plan.identity)
+        if 0 < resumed < plan.units:
+            again = _written_again(plan, journal)
+            console.say(
+                f"going on after {resumed} of {plan.units} finished units; at most {size_text(again)} are written again"
+            )
+            log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
+        calibrated: Calibrated | None = None
+        with (
+            profile_in_time(plan, server) as look,
+            console.progress(plan, journal) as show_progress,
+            stop.deferred(),
+        ):
+
+            def on_progress(label: str, nbytes: int) -> None:
+                show_progress(label, nbytes)
+                look()
+
+            doing = f"streaming into {partial}"
+            totals = attempt(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
+            if plan.calibration is not None and not stop.requested.is_set():
+                calibrated = attempt(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress, totals))
+        if stop.requested.is_set():  # also in the last unit: what follows may take long, and the next run does it
+            raise Interrupted("interrupted")
+        Scratch(plan, partial).clear()
+        totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
+        log.write("streamed", **vars(totals))
+        attempt(f"writing to {partial}", lambda: finalize(plan, journal, log))
+        with VllmWorker(server) if server is not None else nullcontext() as session:
+            report = verify(partial, plan.checkpoint, plan.recipe.verify, session, say=console.say)
+        report.checkpoint = Path(plan.recipe.output).name  # as it will be called
+        attempt(f"writing to {partial}", lambda: record_verdict(partial, report, log))
+        if not report.passed:
+            raise VerificationFailed(
+                f"{partial}: the result fails verification and is not published; it stays here, with the report in "
+                f"{VERDICT}:\n{listed(report.problems)}"
+            )
+    except Interrupted:
+        log.write("interrupted", units_done=len(journal.done))
+        raise Interrupted(
+            f"stopped after {len(journal.done)} of {plan.units} units; run the same command again to go on"
+        ) from None
+    finally:
+        log.close()
+    return totals, report, calibrated
+
+
+def _written_again(plan: Plan, journal: Journal) -> int:
+    """Upper bound of the bytes that a resumed run writes once more: those of the first unit that is not done."""
+    redone = next(unit for unit in range(plan.units) if unit not in journal.done)
+    if redone < plan.piece_units:
+        return sum(piece.result_nbytes for piece in plan.pieces if piece.unit == redone)
+    return plan.layers[redone - plan.piece_units].result_nbytes(plan.outputs)
+
+
+# --- seal --------------------------------------------------------------------------------------------
+
+
+# --- guards ------------------------------------------------------------------------------------------
+
+
+def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
+    """Whether `output` is this very result; anything else of that name is refused, unless `fresh` may replace it."""
+    if not output.exists() and not output.is_symlink():
+        return False
+    found = read_identity(output) if output.is_dir() and not output.is_symlink() else None
+    if found is None:
+        raise UsageError(f"{output}: it exists and is no result of this program; move it, or choose another output")
+    if fresh:
+        return False
+    if found != plan.identity:
+        changed = "\n".join(f"  {line}" for line in differences(found, plan.identity))
+        raise OtherRun(
+            f"{output}: it is the result of another run, which differs in\n{changed}\n"
+            "choose another output, or replace it with --fresh",
+            differing(found, plan.identity),
+            begun=False,
+        )
+    if lost := lost_shards(output, plan.shards):
+        raise PipelineError(
+            f"{output}: {plan.shards[min(lost)].name} is missing or damaged, although this run had finished; "
+            "make it again with --fresh"
+        )
+    return True
+
+
+def _refuse_overlap(plan: Plan, place: Path, key: str, below: bool = True) -> None:
+    """The source is never written to; with `below`, it may not lie in `place` either."""
+    source, target = plan.checkpoint.root.resolve(), place.resolve()
+    if target == source or source in target.parents or (below and target in source.parents):
+        raise UsageError(f"{key}: {place} and the source {source} lie in each other; the source is never written to")
+
+
+# --- signals -----------------------------------------------------------------------------------------

@@ -1,5 +1,0 @@
-"""What runs inside vLLM's own Python, started by pipeline/serving/server.py; nothing else here imports vLLM.
-
-Only the standard library, vLLM and what vLLM brings may be imported, besides modules of this package that need
-nothing else.
-"""

@@ -1,0 +1,63 @@
+"""vLLM's word on the arguments of a serve config."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.result import PROFILE
+from pipeline.errors import UsageError
+from pipeline.plan.plan import Plan
+from pipeline.serving import profile
+from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.worker import VllmWorker
+
+EARLY = 1 << 30  # bytes of a source from which on a start of vLLM, for the profile alone, is little beside the work
+
+
+def hold_against(session: VllmWorker, text: str, checkpoint: Path) -> dict[str, Any]:
+    """A profile against the arguments of a vLLM; see vllm_env/jobs/arguments.py.
+
+    Args:
+        session: of that vLLM.
+        text: of the profile.
+        checkpoint: a directory, of which config.json is read.
+    """
+    with tempfile.TemporaryDirectory(prefix="profile-") as place:
+        path = Path(place) / Path(PROFILE).name
+        path.write_text(text, encoding="utf-8")
+        (answer,) = session.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(checkpoint.absolute())}])
+    return answer
+
+
+@contextmanager
+def profile_in_time(plan: Plan, server: Server | None) -> Iterator[Callable[[], None]]:
+    """Beside long work: vLLM's word on the profile, seconds after the start and not hours later.
+
+    Yields:
+        What raises UsageError once vLLM has refused it; a run that is short learns it from the verification.
+    """
+    if server is None or plan.read_nbytes < EARLY:
+        yield lambda: None
+        return
+    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
+    with ThreadPoolExecutor(1, thread_name_prefix="profile") as beside, ExitStack() as running:
+        # begun here: Linux ends vLLM's process with the thread that started it
+        session = running.enter_context(VllmWorker(server)).begin()
+        asked = beside.submit(hold_against, session, text, plan.checkpoint.root)
+
+        def look() -> None:
+            if not asked.done():
+                return
+            running.close()  # gives its memory back
+            answer = asked.result() if asked.exception() is None else {}
+            if not answer.get("error") and (problem := answer.get("problem")):
+                raise UsageError(
+                    f"serve: {server.name} refuses the profile: {problem}; mend it and run the same command to go on"
+                )
+
+        yield look

@@ -1,0 +1,1 @@
+"""Streams a checkpoint through memory: data-free, or layer by layer with calibration."""

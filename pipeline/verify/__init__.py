@@ -1,0 +1,1 @@
+"""Verification: is a checkpoint whole, and what will vLLM make of it."""

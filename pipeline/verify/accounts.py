@@ -1,0 +1,96 @@
+"""Every source tensor accounted for in the result."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint
+from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, FP8, PACKED, Method
+from pipeline.model.ignore import IgnoreList
+from pipeline.model.selection import expected_modules, select
+from pipeline.verify.ignore_list import aliases, targeted
+from pipeline.verify.report import Report
+
+
+def check_accounts(
+    result: Checkpoint,
+    source: Checkpoint,
+    ignore: IgnoreList,
+    section: dict[str, Any] | None,
+    method: Method | None,
+    made_here: bool,
+    report: Report,
+) -> str:
+    """Hold every tensor of the source against what stands in its place, and every tensor here against the source."""
+    selection = select(source)
+    expected: set[str] = set()
+    cast: list[str] = []
+    copied = quantized = 0
+    packed = _packed(result)
+
+    def stays(module: str) -> bool:
+        names = (module,) if made_here else (module, *aliases(module))
+        return any(name in ignore for name in names) or not targeted(module, section or {})
+
+    for name, tensor in source.tensors.items():
+        role = selection.choices[name].role
+        found, owner = result.tensors.get(name), name.removesuffix(".weight")
+        alike = found if found is not None and found.shape == tensor.shape else None
+        kept = alike is not None and alike.dtype == tensor.dtype
+        if alike is not None and (kept or (not made_here and {alike.dtype, tensor.dtype} <= {*FLOAT_DTYPES})):
+            expected.add(name)
+            copied += 1
+            if not kept:
+                cast.append(f"{name} is {alike.dtype}")
+            if method is not None and role == "linear" and not stays(owner):
+                report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
+            continue
+        if role == "tied head" and found is None:
+            continue
+        scale = f"{owner}.weight_scale"
+        if role == "outside" and not made_here and alike and alike.dtype == FP8 and scale in result.tensors:
+            expected.update((name, scale, f"{owner}.input_scale"))
+            quantized += 1
+            continue
+        if role not in ("linear", "experts"):
+            what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
+            report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
+            continue
+        if method is None:  # what its weights became may have other names and shapes
+            plain = found is not None and found.dtype not in PACKED
+            parts = (name, *(each for each, _, _ in expected_modules(name, tensor, role, selection)))
+            if any(part in packed for part in parts) and not plain:
+                quantized += 1
+            else:
+                what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
+                report.problems.append(f"{name}: it {what}, and there are no codes in its place")
+            continue
+        for module, rows, columns in expected_modules(name, tensor, role, selection):
+            weight = result.tensors.get(f"{module}.weight")
+            expected.update((f"{module}.weight", f"{module}.weight_scale"))
+            if method.static_inputs:
+                expected.add(f"{module}.input_scale")
+            quantized += 1
+            if weight is None:
+                report.problems.append(f"{module}.weight: the source has it ({name}), the checkpoint does not")
+            elif (weight.dtype, weight.shape) != (FP8, (rows, columns)):
+                report.problems.append(
+                    f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
+                )
+    for name in result.tensors if method is not None else ():
+        if name not in expected and not CACHE_SCALE.search(name):  # those have their own check
+            report.problems.append(f"{name}: the source has nothing that it could come from")
+    if cast:
+        report.notes.append(f"{cast[0]}, unlike the source's, {len(cast)} in all: rounded once more, or made wider")
+    what = "in FP8" if method is not None else "of the language model's linear layers quantized, as it seems"
+    return f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} {what}"
+
+
+def _packed(result: Checkpoint) -> set[str]:
+    """What has codes: the names of tensors that hold some, of the modules that these belong to, and of fused blocks."""
+    found: set[str] = set()
+    for name, tensor in result.tensors.items():
+        if tensor.dtype in PACKED and len(tensor.shape) > 1 and not ANY_SCALE.match(name):
+            found |= {name, name.rpartition(".")[0], re.sub(r"_(blocks|packed)$", "", name)}
+    return found

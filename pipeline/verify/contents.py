@@ -1,0 +1,413 @@
+"""The contents of a checkpoint against the hashes of its run, and against its source quantized once more."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pipeline.backends.fp8 import NonFiniteWeight, transpose
+from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.checkpoint.reader import read_tensor
+from pipeline.checkpoint.result import CALIBRATION, FILES, JOURNAL
+from pipeline.checkpoint.sidecars import changed_files
+from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
+from pipeline.checkpoint.values import FORMATS
+from pipeline.formats.kv_scales import E4M3_MAX
+from pipeline.formats.methods import FP8, MODELOPT, Method, quantization_section
+from pipeline.journal import Digest, read_identity, read_pieces
+from pipeline.model.fused import fused_groups
+from pipeline.model.selection import Selection, expected_modules, select
+from pipeline.verify.report import Report
+
+CHUNK = 16 << 20
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+SMALL = 1000  # codes; a share of fewer says little
+COARSE = 1.05  # times what a weight reaches: scales that are BF16 numbers, rounded up, are within 2^-7
+MOST_OTHER = 0.1  # of a tensor's codes that another device may round otherwise; about 3% were seen
+FAR = 0.1  # of a weight's norm: 8 bits cost about 0.03, a scale that is twice too large 1
+
+
+def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | None = None) -> str | None:
+    """Every byte against the SHA-256 that the run recorded while writing it; given up when `stop` is set."""
+    try:
+        pieces = read_pieces(result.root)
+    except ValueError:
+        report.problems.append(f"{JOURNAL}: it is damaged")
+        return None
+    if pieces is None:
+        return "no hashes were recorded for this checkpoint"
+    _check_files(result, report)
+    begins: dict[str, int] = {}  # of each tensor in the run's file; a copy may be laid out anew
+    for piece in pieces:
+        begins[piece.tensor] = min(piece.offset, begins.get(piece.tensor, piece.offset))
+    covered: Counter[str] = Counter()
+
+    def differs(piece: Digest) -> bool:
+        digest, tensor = hashlib.sha256(), result.tensors[piece.tensor]
+        for start in range(0, piece.nbytes, CHUNK):
+            if stop is not None and stop.is_set():
+                return False
+            count = min(CHUNK, piece.nbytes - start)
+            digest.update(read_tensor(result, tensor, piece.offset - begins[piece.tensor] + start, count))
+        return digest.hexdigest() != piece.sha256
+
+    here = []
+    for piece in pieces:
+        tensor = result.tensors.get(piece.tensor)
+        if tensor is None:
+            report.problems.append(f"{piece.tensor}: recorded by the run, absent here")
+        elif piece.offset - begins[piece.tensor] + piece.nbytes <= tensor.nbytes:
+            covered[piece.tensor] += piece.nbytes
+            here.append(piece)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing both let others run
+        for piece, wrong in zip(here, pool.map(differs, here), strict=True):
+            if wrong:
+                report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
+    for name, tensor in result.tensors.items():
+        if covered[name] != tensor.nbytes:
+            report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
+    return f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run"
+
+
+def check_numbers(result: Checkpoint, report: Report) -> str:
+    """No NaN among FP8 codes (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
+    import numpy
+
+    masks = {dtype: ({"H": "<u2", "I": "<u4"}[code], infinity) for dtype, (code, infinity) in FORMATS.items()}
+    counted = 0
+    for name, tensor in result.tensors.items():
+        if tensor.dtype not in masks and tensor.dtype != FP8:
+            continue
+        counted += 1
+        for start in range(0, tensor.nbytes, CHUNK):
+            data = read_tensor(result, tensor, start, min(CHUNK, tensor.nbytes - start))
+            if tensor.dtype == FP8:
+                bad = bool(((numpy.frombuffer(data, numpy.uint8) & 0x7F) == 0x7F).any())
+            else:
+                kind, mask = masks[tensor.dtype]
+                bad = bool(((numpy.frombuffer(data, kind) & mask) == mask).any())
+            if bad:
+                report.problems.append(f"{name}: it holds values that are no finite numbers")
+                break
+    return f"{counted} tensors: every value is a finite number"
+
+
+def _check_files(result: Checkpoint, report: Report) -> None:
+    """The small files against the hashes of their run."""
+    path = result.root / FILES
+    if not path.exists():
+        report.problems.append(f"{FILES}: it is absent, although the run's journal is here; it has the files' hashes")
+        return
+    changed = changed_files(result.root)
+    report.problems += changed
+    if not changed:
+        report.checked.append("small files: SHA-256 as recorded by the run")
+
+
+def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, report: Report) -> str:
+    """What stays against the source; what is quantized against the source quantized once more.
+
+    Weights of a layout that is not made here are dequantized and compared as numbers, where their scales say how.
+    """
+    selection, same, again, other, near, unread = select(source), 0, 0, 0, 0, 0
+    ours = _made_here(result)
+    powers = _powers(result)
+    reaches: dict[str, tuple[float, float]] = {}
+    for name, tensor in source.tensors.items():
+        found, role = result.tensors.get(name), selection.choices[name].role
+        if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
+            same += 1
+            if not _equal(source, tensor, result, found) and not _scaled(source, tensor, result, found, powers):
+                report.problems.append(f"{name}: it was to stay as it is, but its bytes differ from the source's")
+        elif found is not None and found.shape == tensor.shape and {found.dtype, tensor.dtype} <= {*FLOAT_DTYPES}:
+            kind = found.dtype
+            if _as_dtype(read_tensor(source, tensor), tensor.dtype, kind) != read_tensor(result, found):
+                report.problems.append(f"{name}: it holds other numbers than the source's, rounded to {kind}")
+        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES and not _repeatable(method, tensor, ours):
+            if (distance := _distance(source, tensor, result)) is None:
+                unread += found is not None and found.dtype not in FLOAT_DTYPES
+                continue
+            near += 1
+            if not distance <= FAR:
+                report.problems.append(
+                    f"{name}: what the checkpoint holds for it is {distance:.0%} away from the source's weight; 8 bits "
+                    "cost about 3%"
+                )
+        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
+            again += 1
+            try:
+                if method is MODELOPT:
+                    wrong, far = _repack(source, tensor, result, role, selection, powers, reaches)
+                else:
+                    wrong, far = _requantize(source, tensor, result, role, selection)
+            except NonFiniteWeight:
+                report.problems.append(f"{name}: NaN or Inf in the source")
+                continue
+            if wrong and not ours and not far:
+                other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
+            elif wrong:
+                numerics = "ModelOpt's" if method is MODELOPT else "llm-compressor's"
+                report.problems.append(
+                    f"{wrong}: not what the source's {name} gives when it is quantized ({numerics} numerics on a CPU)"
+                )
+    _say_coarse(reaches, report)
+    if unread:
+        report.notes.append(f"the codes of {unread} weights are in a layout whose numbers are not compared here")
+    if powers:
+        report.checked.append(
+            f"{len(powers)} modules were balanced: the source times a power of two, against each other"
+        )
+    bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
+    quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
+    quantized += [f"{near} weights dequantized: within {FAR:.0%} of the source's"] if near else []
+    return "; ".join([f"{same} tensors that stay as they are: byte for byte the source's", *quantized])
+
+
+def _repeatable(method: Method | None, tensor: Tensor, ours: bool) -> bool:
+    """Whether a weight can be quantized once more here to the same bits: others take F16 for what it is in ModelOpt."""
+    if method is None or not method.repeatable:
+        return False
+    return ours or method is not MODELOPT or tensor.dtype == "BF16"
+
+
+def _say_coarse(reaches: dict[str, tuple[float, float]], report: Report) -> None:
+    """Scales that hold much more than their weights, or what vLLM fuses them with, reach: small weights are lost."""
+    widest = {module: largest for module, (largest, _) in reaches.items()}
+    for group in fused_groups(reaches):
+        widest.update(dict.fromkeys(group, max(reaches[module][0] for module in group)))
+    for module, (_, held) in reaches.items():
+        if widest[module] and held > widest[module] * COARSE:
+            report.problems.append(
+                f"{module}.weight_scale: it holds up to {held:.4g}, the source's weight reaches {widest[module]:.4g}: "
+                "small weights are lost"
+            )
+
+
+def _distance(source: Checkpoint, tensor: Tensor, result: Checkpoint) -> float | None:
+    """How far an FP8 weight, dequantized, is from its source's: the norm of the difference over the source's norm.
+
+    None where the result's tensor has no E4M3 codes with a scale a tensor, a row or a block.
+    """
+    import torch
+
+    module = tensor.name.removesuffix(".weight")
+    codes = result.tensors.get(f"{module}.weight")
+    scale = next((result.tensors[f"{module}.{s}"] for s in WEIGHT_SCALES if f"{module}.{s}" in result.tensors), None)
+    if codes is None or scale is None or codes.dtype != FP8 or codes.shape != tensor.shape or len(tensor.shape) != 2:
+        return None
+    if (kind := _kind(scale.dtype)) is None:
+        return None
+    factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=kind).float()
+    rows, columns = tensor.shape
+    if len(scale.shape) == 2 and scale.shape[1] > 1:
+        high, wide = _block(result)
+        factor = factor.view(scale.shape).repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+        if factor.shape != (rows, columns):
+            return None
+    elif factor.numel() in (1, rows):
+        factor = factor.view(-1, 1)
+    else:
+        return None
+    weight = torch.frombuffer(bytearray(read_tensor(source, tensor)), dtype=_kind(tensor.dtype)).view(rows, columns)
+    held = torch.frombuffer(bytearray(read_tensor(result, codes)), dtype=torch.float8_e4m3fn).view(rows, columns)
+    norm = float(weight.float().norm())
+    return float((held.float() * factor - weight.float()).norm()) / norm if norm else 0.0
+
+
+def _block(result: Checkpoint) -> tuple[int, int]:
+    """Rows and columns that share a scale: `weight_block_size` of ``fp8``, `block_structure` of compressed-tensors."""
+    section = quantization_section(result) or {}
+    groups = section.get("config_groups") or {}
+    said = [
+        section.get("weight_block_size"),
+        *((g.get("weights") or {}).get("block_structure") for g in groups.values()),
+    ]
+    high, wide = next((size for size in said if size), (128, 128))
+    if not all(isinstance(size, int) and 0 < size < 1 << 31 for size in (high, wide)):
+        raise ValueError(f"blocks of {high}x{wide}")
+    return int(high), int(wide)
+
+
+def _made_here(result: Checkpoint) -> bool:
+    """Whether a run of ours made this, with bits that a CPU gives again.
+
+    ModelOpt's own F32 scales do not: a BF16 weight is divided by them in F32 on a GPU, in BF16 on a CPU.
+    """
+    identity = read_identity(result.root)
+    if identity is None:
+        return False
+    options = identity.get("backend_options") or {}
+    return not options.get("exact") or str(identity.get("device")).startswith("cpu")
+
+
+def _powers(result: Checkpoint) -> dict[str, int]:
+    """By module, the power of two that the run says it scaled the rows by, or minus that of the columns."""
+    path = result.root / CALIBRATION
+    if not path.exists():
+        return {}
+    powers: dict[str, int] = {}
+    for layer in read_json(path).get("layers", []):
+        for one, against, exponent in layer.get("balanced", []):
+            powers[one] = powers.get(one, 0) + exponent
+            powers[against] = powers.get(against, 0) - exponent
+    return powers
+
+
+def _scaled(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor, powers: dict[str, int]) -> bool:
+    """Whether a bias is the source's times its module's power of two."""
+    import torch
+
+    power = powers.get(tensor.name.removesuffix(".bias"), 0)
+    kind = _kind(tensor.dtype)
+    if not power or not tensor.name.endswith(".bias") or kind is None:
+        return False
+    before, after = (torch.frombuffer(bytearray(read_tensor(c, t)), dtype=kind) for c, t in ((a, tensor), (b, other)))
+    return bool(torch.equal(before * 2.0**power, after))
+
+
+def _repack(
+    source: Checkpoint,
+    tensor: Tensor,
+    result: Checkpoint,
+    role: str,
+    selection: Selection,
+    powers: dict[str, int],
+    reaches: dict[str, tuple[float, float]],
+) -> tuple[str | None, bool]:
+    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale is large enough.
+
+    `reaches` gets, by module, the weight's largest magnitude and the largest that the stored scale can hold.
+    """
+    import torch
+    from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
+
+    wrong: str | None = None
+    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
+    modules = list(expected_modules(tensor.name, tensor, role, selection))
+    each = len(modules) // layout.experts if layout else 1
+    position = 0
+    for first in range(0, len(modules), each):
+        stacked = modules[first : first + each]
+        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
+        size = rows * columns * DTYPE_BYTES[tensor.dtype]
+        flat = torch.frombuffer(bytearray(read_tensor(source, tensor, position, size)), dtype=_kind(tensor.dtype))
+        position += size
+        turned = layout is not None and layout.transposed
+        weight = (flat.view(columns, rows).t() if turned else flat.view(rows, columns)).to(torch.bfloat16)
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteWeight(None)
+        parts = torch.split(weight, [module[1] for module in stacked])
+        for (module, _, _), part in zip(stacked, parts, strict=True):
+            codes, scale = (result.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "weight_scale"))
+            if codes is None or scale is None or scale.dtype != "F32" or scale.nbytes != 4:
+                return f"{module}.weight", True
+            part = part.contiguous() * 2.0 ** powers.get(module, 0)
+            factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=torch.float32).view(())
+            largest = float(part.abs().amax())
+            reaches[module] = (largest, float(factor) * E4M3_MAX)
+            if largest and not largest * (1 - 2.0**-20) <= reaches[module][1]:
+                return f"{module}.weight_scale", True
+            made = to_quantized_weight(part, factor, QUANTIZATION_FP8).view(torch.uint8).numpy().tobytes()
+            if (there := read_tensor(result, codes)) != made:
+                wrong = wrong or f"{module}.weight"
+                if _far(made, there, FP8):
+                    return f"{module}.weight", True
+    return wrong, False
+
+
+def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
+    starts = range(0, tensor.nbytes, CHUNK)
+    sizes = [min(CHUNK, tensor.nbytes - start) for start in starts]
+    return all(read_tensor(a, tensor, s, n) == read_tensor(b, other, s, n) for s, n in zip(starts, sizes, strict=True))
+
+
+def _far(made: bytes, found: bytes, kind: str) -> bool:
+    """Whether two arrays are further apart than one rounding: a step of E4M3's codes, or of a scale's last bit.
+
+    Codes of which more than `MOST_OTHER` are a step off are so for another reason than a device's rounding.
+    The patterns of floating-point numbers of one sign are ordered as the numbers are.
+    """
+    import torch
+
+    if len(made) != len(found) or kind not in ("F8_E4M3", "BF16", "F16", "F32"):
+        return True
+    width = {"F8_E4M3": torch.uint8, "BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}[kind]
+    a, b = (torch.frombuffer(bytearray(data), dtype=width).to(torch.int64) for data in (made, found))
+    sign = {"F8_E4M3": 0x80, "BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000}[kind]
+    a, b = (torch.where((v & sign) != 0, -(v & (sign - 1)), v & (sign - 1)) for v in (a, b))
+    nan = kind == "F8_E4M3" and bool((b.abs() == 0x7F).any())
+    apart = (a - b).abs()
+    many = kind == "F8_E4M3" and a.numel() > SMALL and float((apart > 0).float().mean()) > MOST_OTHER
+    return nan or many or bool(apart.max() > 1)
+
+
+def _requantize(
+    source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection
+) -> tuple[str | None, bool]:
+    """The first output tensor whose bytes are not those of `tensor` quantized again, and whether one is far off."""
+    wrong: str | None = None
+    quantize, width = FP8Dynamic().quantizer(tensor.dtype), DTYPE_BYTES[tensor.dtype]
+    modules = list(expected_modules(tensor.name, tensor, role, selection))
+    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
+    each = len(modules) // layout.experts if layout else 1
+    position = 0
+    for first in range(0, len(modules), each):
+        stacked = modules[first : first + each]
+        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
+        turned = layout is not None and layout.transposed
+        step = rows if turned else max(1, CHUNK // (columns * width))
+        codes, scales = bytearray(rows * columns), bytearray(rows * width)
+        for top in range(0, rows, step):
+            count = min(step, rows - top)
+            data = bytearray(read_tensor(source, tensor, position, count * columns * width))
+            position += len(data)
+            if turned:
+                flat, data = data, bytearray(len(data))
+                transpose(flat, data, columns, rows, width)
+            quantize(
+                data,
+                memoryview(codes)[top * columns : (top + count) * columns],
+                memoryview(scales)[top * width : (top + count) * width],
+                count,
+                columns,
+            )
+        top = 0
+        for module, height, _ in stacked:
+            for suffix, made in (
+                ("weight", codes[top * columns : (top + height) * columns]),
+                ("weight_scale", scales[top * width : (top + height) * width]),
+            ):
+                found = result.tensors.get(f"{module}.{suffix}")
+                if found is None:
+                    continue
+                there = read_tensor(result, found)
+                if suffix == "weight_scale" and found.dtype != tensor.dtype:
+                    there = _as_dtype(there, found.dtype, tensor.dtype)
+                if there != made:
+                    wrong = wrong or found.name
+                    if _far(bytes(made), there, FP8 if suffix == "weight" else tensor.dtype):
+                        return found.name, True
+            top += height
+    return wrong, False
+
+
+def _as_dtype(raw: bytes, kind: str, wanted: str) -> bytes:
+    """Values that are stored in another dtype, in the one that they are wanted in."""
+    import torch
+
+    old, new = _kind(kind), _kind(wanted)
+    if old is None or new is None or not raw:
+        return raw
+    made: bytes = torch.frombuffer(bytearray(raw), dtype=old).to(new).view(torch.uint8).numpy().tobytes()
+    return made
+
+
+def _kind(dtype: str) -> Any:
+    """Torch's name for a floating-point dtype of safetensors; None for any other."""
+    import torch
+
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(dtype)

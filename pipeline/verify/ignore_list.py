@@ -1,0 +1,109 @@
+"""The config's ignore list against the tensors beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.checkpoint.source import Checkpoint
+from pipeline.formats.methods import FP8, quantization_section
+from pipeline.model.ignore import IgnoreList
+from pipeline.model.selection import Selection, expert_modules, is_linear_shaped
+from pipeline.verify.report import Report
+
+
+def check_ignore(
+    result: Checkpoint,
+    selection: Selection,
+    section: dict[str, Any],
+    ignore: IgnoreList,
+    made_here: bool,
+    report: Report,
+) -> str:
+    """Every plain linear weight is ignored by the config, no FP8 weight is, and no entry matches nothing."""
+    linears = {
+        name.removesuffix(".weight"): tensor.dtype
+        for name, tensor in result.tensors.items()
+        if is_linear_shaped(tensor)
+        and selection.choices[name].role != "embedding"
+        and (made_here or not _may_be_embedding(name, selection))
+        and (tensor.dtype == FP8 or targeted(name.removesuffix(".weight"), section))
+    }
+    modules = {name.rpartition(".")[0] for name in result.tensors}
+    for name in result.tensors:  # fused experts that stay as they are go by their experts' names in a config
+        block, _, kind = name.rpartition(".")
+        if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
+            for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
+                modules.update(module for module, _, _ in parts)
+    if not made_here:  # others list the names that transformers has; vLLM translates those as well
+        linears = {
+            next((alias for alias in aliases(name) if alias in ignore), name) if name not in ignore else name: dtype
+            for name, dtype in linears.items()
+        }
+        modules |= {alias for name in modules for alias in aliases(name)}
+    for problem in ignore.problems(linears, modules):
+        idle = problem.endswith("matches nothing in this checkpoint") and not made_here
+        harmless = idle and (_is_broad(problem) or str(section.get("quant_method")).startswith("modelopt"))
+        (report.notes if harmless else report.problems).append(problem)
+    table = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "embedding"]
+    if table:
+        report.problems.append(f"{table[0]}: an embedding in FP8, which vLLM would take for plain weights")
+    _check_renamed(result, ignore, linears, report)
+    outside = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "outside"]
+    if outside:
+        report.notes.append(f"{outside[0]}: {len(outside)} weights outside the language model are FP8")
+    plain = sum(dtype != FP8 for dtype in linears.values())
+    return f"{plain} plain linear weights: the config ignores each, and no FP8 weight"
+
+
+def _may_be_embedding(name: str, selection: Selection) -> bool:
+    """Whether a weight outside the language model may be a table and no linear layer, of which no config speaks.
+
+    Qwen3-VL's ``pos_embed`` is one. vLLM's loader knows for certain.
+    """
+    return selection.choices[name].role == "outside" and "embed" in name.split(".")[-2]
+
+
+def targeted(module: str, section: dict[str, Any]) -> bool:
+    """Whether a group of compressed-tensors means this linear layer: the class Linear, its name, or a pattern of it."""
+    groups = section.get("config_groups")
+    targets = [t for g in groups.values() for t in g.get("targets") or []] if isinstance(groups, dict) else ["Linear"]
+    return any(t == "Linear" or t == module or (t[:3] == "re:" and re.match(t[3:], module)) for t in targets)
+
+
+def aliases(module: str) -> Iterator[str]:
+    """Other names of a module: transformers 5 puts Qwen's parts below ``model``, the hub and vLLM may not."""
+    for old, new in (
+        ("visual.", "model.visual."), ("model.visual.", "visual."), ("model.layers.", "model.language_model.layers."),
+        ("model.language_model.layers.", "model.layers."), ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
+    ):  # fmt: skip
+        if module.startswith(old):
+            yield new + module.removeprefix(old)
+
+
+def _is_broad(problem: str) -> bool:
+    """Whether an idle entry is a pattern: exporters list those for parts that a model may not have."""
+    return "'re:" in problem or "*" in problem
+
+
+def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, str], report: Report) -> None:
+    """Regular expressions that cover Qwen's vision tower under the checkpoint's name alone.
+
+    vLLM calls it ``visual`` also where the checkpoint says ``model.visual``. It translates literal entries of
+    compressed-tensors' list, and ModelOpt's patterns, but no regular expressions.
+    """
+    method = (quantization_section(result) or {}).get("quant_method")
+    if method != "compressed-tensors" or not str(result.config.get("model_type")).startswith("qwen"):
+        return
+    for name, dtype in linears.items():
+        alias = name.removeprefix("model.")
+        if dtype == FP8 or not name.startswith("model.visual.") or not ignore.by_pattern(name):
+            continue
+        if alias not in ignore:
+            report.problems.append(
+                f"{name}: the config ignores it by a pattern that misses {alias}, as vLLM calls it; it would cast "
+                "these weights to FP8: write re:.*visual.*, or every name"
+            )
+            return

@@ -1,0 +1,69 @@
+"""The quantization section of config.json, as vLLM reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.checkpoint.source import Checkpoint, read_json
+from pipeline.formats.methods import MODELOPT, OLD_FILE, SECTION, Method, group_fits
+from pipeline.model.ignore import IgnoreList
+from pipeline.verify.report import Report
+
+PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
+
+
+def check_section(section: dict[str, Any], method: Method, made_here: bool, report: Report) -> IgnoreList:
+    """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
+    groups = section.get("config_groups")
+    found = list(groups.values()) if isinstance(groups, dict) else []
+    odd = [group["format"] for group in found if isinstance(group, dict) and group.get("format") not in PLAIN_FORMATS]
+    if odd:
+        report.problems.append(f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized")
+    unsaid = method is MODELOPT and not groups and not made_here  # vLLM does not look at them there
+    if not unsaid and (not found or not all(group_fits(group, method) for group in found)):
+        how = (
+            "FP8 with a static scale a tensor, and so their inputs"
+            if method.static_inputs
+            else "FP8 with a scale a row and activations FP8 per token"
+        )
+        report.problems.append(
+            f"quantization_config.config_groups: they do not say that Linear weights are {how}: vLLM would read the "
+            "scales wrongly"
+        )
+    for key in ("transform_config", "sparsity_config"):
+        if section.get(key):
+            report.problems.append(
+                f"{SECTION}.{key}: vLLM would apply it to weights that are FP8 and nothing else; whoever made this "
+                "checkpoint must say why it is there"
+            )
+    if method.name == "compressed-tensors" and section.get("format") not in PLAIN_FORMATS[1:]:
+        report.problems.append(f"quantization_config.format is {section.get('format')!r}, not float-quantized")
+    if method is MODELOPT and section.get("quant_algo") != "FP8":
+        report.problems.append(f"quantization_config.quant_algo is {section.get('quant_algo')!r}, not FP8")
+    entries = section.get("ignore") or []
+    try:
+        if not isinstance(entries, list):
+            raise ValueError(f"{entries!r} is no list")
+        return IgnoreList(entries, method.name, loose=not made_here)
+    except ValueError as error:
+        report.problems.append(f"quantization_config.ignore: {error}")
+        return IgnoreList([])
+
+
+def check_hf_quant_config(result: Checkpoint, section: dict[str, Any], report: Report) -> None:
+    """ModelOpt's older file, which vLLM reads where config.json has no section: both must say the same."""
+    path = result.root / OLD_FILE
+    if not path.exists() or SECTION not in result.config:
+        return
+    old = read_json(path).get("quantization")
+    if not isinstance(old, dict):
+        report.problems.append("hf_quant_config.json: its quantization is no object; vLLM may fail over it")
+        return
+    ours = (section.get("quant_algo"), _as_set(section.get("ignore")), bool(section.get("kv_cache_scheme")))
+    theirs = (old.get("quant_algo"), _as_set(old.get("exclude_modules")), bool(old.get("kv_cache_quant_algo")))
+    if ours != theirs:
+        report.problems.append("hf_quant_config.json: it says something else than config.json's quantization_config")
+
+
+def _as_set(entries: Any) -> set[str]:
+    return {str(entry) for entry in entries or []}

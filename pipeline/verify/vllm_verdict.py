@@ -1,0 +1,321 @@
+"""What vLLM's load check and its engine's answers mean, in plain words.
+
+vLLM is silent about most mistakes: what no tensor fills runs as memory left it, what no pattern ignores is cast to
+FP8, and a cache without scales runs at 1.0. A finding is judged against the same record of the BF16 source, so that
+vLLM's own habits do not count.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError
+from pipeline.checkpoint.values import scalar
+from pipeline.formats.methods import promised_cache
+from pipeline.journal import read_identity
+from pipeline.model.selection import select
+from pipeline.verify.report import Report
+
+ABOUT_SCALES = re.compile(r"scal(e|ing)|dtype|calibrat", re.IGNORECASE)
+ROUNDING = 2.0**-8  # of a scale that becomes BF16
+NO_KERNEL = re.compile(
+    r"Failed to find a kernel|Unknown quantization method|not supported on (the )?(current|CPU)", re.I
+)
+MAX_RATIO = 1.1  # of perplexities in one engine; 8 bits cost a percent, a wrong scale much more
+MAX_DROP = 1.0  # nats a token, over the source's own greedy answer
+
+
+def judge_load(
+    result: Checkpoint, loads: Mapping[str, dict[str, Any]], baseline: dict[str, Any] | None, report: Report
+) -> bool:
+    """Judge what the load check saw.
+
+    Args:
+        result: the quantized checkpoint.
+        loads: by --kv-cache-dtype, what `vllm_env.jobs.load.check` returned.
+        baseline: the same of the source; None where there is none.
+        report: findings go here.
+
+    Returns:
+        Whether vLLM loaded it, so that something is proven if no problem was found.
+    """
+    promised, sound = promised_cache(result), dict(loads)
+    for kv, load in loads.items():
+        if not load["error"]:
+            continue
+        if "vllm" not in load:
+            report.problems.append(
+                f"vLLM could not be run: {load['error']}; mend its environment and run the same command again, or "
+                "choose verify: structure, which proves nothing about serving"
+            )
+        elif baseline is not None and baseline["error"] and "vllm" in baseline:  # vLLM's own word, not a lost process
+            report.notes.append(f"not proven: this vLLM does not load the source either: {baseline['error']}")
+        elif load.get("platform") == "cpu" and NO_KERNEL.search(load["error"]):
+            report.notes.append(f"not proven: this build of vLLM, for CPUs, has no kernel for it: {load['error']}")
+        elif kv != "auto" and promised is None:
+            report.problems.append(f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}")
+            del sound[kv]
+            continue
+        else:
+            report.problems.append(f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}")
+        return False
+    before = baseline if baseline is not None and not baseline["error"] else None
+    found = {
+        kv: list(_findings(result, load, before, "fp8" if kv == "fp8" else promised)) for kv, load in sound.items()
+    }
+    for kv, findings in found.items():
+        for weight, text in findings:
+            everywhere = all((weight, text) in other for other in found.values())
+            line = text if everywhere else f"with --kv-cache-dtype {kv}: {text}"
+            place = report.problems if weight == "problem" else report.notes
+            if line not in place:
+                place.append(line)
+    attention = next(iter(sound.values()))["attention"]
+    if promised is None and "fp8" not in loads:
+        report.notes.append(
+            f"no KV scales: serve it with --kv-cache-dtype auto; with fp8 the attention of {len(attention)} layers "
+            "would run at KV scale 1.0"
+        )
+    elif not attention:
+        report.notes.append("vLLM runs this model's attention in a way whose scales are not looked at here")
+    _say_loaded(sound, "fp8" in sound and bool(attention), report)
+    return True
+
+
+def _say_loaded(loads: Mapping[str, dict[str, Any]], scaled: bool, report: Report) -> None:
+    first = loads.get("fp8") or next(iter(loads.values()))
+    methods = Counter(first["linears"].values())
+    report.checked.append(
+        f"vLLM {first['vllm']} ({first['platform']}) loads it with --kv-cache-dtype {' and '.join(loads)}: "
+        f"{first['tensors'] - len(first['unconsumed'])} of {first['tensors']} tensors taken up; modules by method: "
+        + ", ".join(f"{count} {method}" for method, count in methods.most_common())
+    )
+    if scaled and not report.problems:
+        warned = {line for load in loads.values() for line in load["warnings"] if ABOUT_SCALES.search(line)}
+        given = [key for key in ("k", "v", "q", "prob") if all(a["from"][f"{key}_scale"] for a in first["attention"])]
+        report.checked.append(
+            f"vLLM runs the attention of {len(first['attention'])} layers with an FP8 cache and the checkpoint's "
+            f"scales ({', '.join(given)}); warnings about scales or dtypes: {len(warned) or 'none'}"
+        )
+
+
+Finding = tuple[str, str]  # "problem" or "note", and the sentence
+
+
+def _findings(
+    result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | None, cache: str | None
+) -> Iterator[Finding]:
+    """What one load shows; `cache` is the dtype that its KV cache should have, None for the model's own."""
+    yield from _names(result, load, before)
+    if cache is not None:
+        yield from _cache(result, load, cache)
+    strict = _ours(result)
+    usual = set(before["warnings"]) if before else set()
+    alike: dict[str, list[str]] = {}
+    for line in load["warnings"]:
+        if line not in usual and (before is not None or ABOUT_SCALES.search(line)):
+            alike.setdefault(re.sub(r"\S*\d\S*", "", line), []).append(line)
+    for lines in alike.values():
+        grave = strict and cache is not None and ABOUT_SCALES.search(lines[0])
+        text = f"vLLM warns: {lines[0][:300]}" + (f" ({len(lines)} such lines)" if len(lines) > 1 else "")
+        if "q scaling factor" in lines[0]:
+            text += " (what it uses in truth is 1.0)"
+        yield "problem" if grave else "note", text
+
+
+def _ours(result: Checkpoint) -> bool:
+    """Whether a run of this program made it for serving; ModelOpt's exact layout makes vLLM warn, and is asked for."""
+    identity = read_identity(result.root)
+    return identity is not None and not (identity.get("backend_options") or {}).get("exact")
+
+
+def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | None) -> Iterator[Finding]:
+    """Tensors that go nowhere or to the wrong place, parameters that nothing fills."""
+    cast = [entry for entry in load["crossed"] if not entry["stored"].startswith("F8")]
+    plain = [entry for entry in load["crossed"] if entry["stored"].startswith("F8")]
+    if cast:
+        yield (
+            "problem",
+            f"{cast[0]['tensor']}: {cast[0]['stored']} weights that vLLM casts to FP8 with a scale that nothing sets, "
+            f"{_in_all(cast)}: the config's ignore list does not cover vLLM's {_module(cast[0]['parameter'])}",
+        )
+    if plain:
+        yield (
+            "problem",
+            f"{plain[0]['tensor']}: FP8 codes that vLLM takes for {plain[0]['kept']} weights, {_in_all(plain)}: the "
+            "config does not say that they are quantized",
+        )
+    told = {_module(entry["parameter"]) for entry in load["crossed"]}
+    usual = set(before["unfilled"]) if before else set()
+    unfilled = [name for name in load["unfilled"] if name not in usual and _module(name) not in told]
+    if unfilled:
+        yield (
+            "problem",
+            f"{unfilled[0]}: nothing in the checkpoint fills this parameter of vLLM's, {_in_all(unfilled)}; it would "
+            "run with what memory held",
+        )
+    usual_parts = before["partly"] if before else {}
+    partly = {name: part for name, part in load["partly"].items() if usual_parts.get(name) != part}
+    partly = {name: part for name, part in partly.items() if _module(name) not in told}
+    if partly:
+        name, (filled, size) = next(iter(partly.items()))
+        yield "problem", f"{name}: the checkpoint fills {filled:,} of {size:,} values, {_in_all(partly)}"
+    usual_twice = set(before["twice"]) if before else set()
+    twice = {name: tensors for name, tensors in load["twice"].items() if name not in usual_twice}
+    if twice:
+        name, tensors = next(iter(twice.items()))
+        yield "problem", f"{name}: {' and '.join(tensors[:2])} both fill this parameter of vLLM's, {_in_all(twice)}"
+    lost = [name for name in load["unconsumed"] if before is None or name not in before["unconsumed"]]
+    lost = [name for name in lost if _module(name) not in {_module(entry["tensor"]) for entry in load["crossed"]}]
+    if before is None:
+        needless = _needless(result, lost)
+        if needless:
+            yield (
+                "note",
+                f"{needless[0]}: vLLM never takes it up, {_in_all(needless)} that no linear layer needs",
+            )
+        lost = [name for name in lost if name not in needless]
+    if lost:
+        yield "problem", f"{lost[0]}: vLLM never takes this tensor up, {_in_all(lost)}"
+
+
+def _needless(result: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Those that vLLM may leave by design, such as a pooling head or rotary frequencies; no weights, no scales."""
+    try:
+        choices = select(result).choices
+    except SourceError:  # packed weights, or what structure complains of already
+        choices = {}
+    grave = ("linear", "experts", "embedding", "head")
+    return [
+        name
+        for name in names
+        if name in choices
+        and choices[name].role not in grave
+        and not name.endswith("_scale")
+        and not (name.endswith(".weight") and choices[name].role != "outside")
+    ] + [name for name in names if name.endswith(".g_idx")]  # GPTQ's order of columns, which only desc_act needs
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _in_all(things: Any) -> str:
+    return f"{len(things)} in all"
+
+
+def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Finding]:
+    """The scales that each attention will use, against what the checkpoint says."""
+    layers = load["attention"]
+    other = [layer for layer in layers if not layer["cache"].startswith(cache)]
+    if other:
+        held = "BF16" if other[0]["cache"] == "auto" else other[0]["cache"]
+        yield "problem", f"{_attention(other)} will keep a cache in {held}, not in {cache.upper()} as it should"
+    narrow = [layer for layer in layers if layer["cache"].startswith("fp8")]
+    ones = [layer for layer in narrow if _is_one(layer["k_scale"]) and _is_one(layer["v_scale"])]
+    if ones:
+        yield "problem", f"{_attention(ones)} will run at KV scale 1.0"
+    joint = [layer for layer in narrow if str(layer["from"]["k_scale"]).endswith(".kv_scale")]
+    if joint:
+        yield "note", f"{_attention(joint)} has one kv_scale for keys and values, which newer vLLMs will not take"
+    for key, word in (("k", "keys"), ("v", "values")):
+        absent = [layer for layer in narrow if not layer["from"][f"{key}_scale"] and layer not in (*ones, *joint)]
+        if absent:
+            used = absent[0][f"{key}_scale"]
+            other_s = f"{used:.4g}, the other's," if isinstance(used, float) else "the other's"
+            fate = f"run its {word} at scale 1.0" if _is_one(used) else f"use {other_s} for its {word}"
+            yield "problem", f"{_attention(absent)} has no {key}_scale: vLLM will {fate}"
+    for key in ("k", "v", "q", "prob"):
+        for layer in narrow:
+            name, used = layer["from"][f"{key}_scale"], layer[f"{key}_scale"]
+            if name is None or not isinstance(used, float) or result.tensors[name].dtype not in FLOAT_DTYPES:
+                continue
+            if math.prod(result.tensors[name].shape) != 1:
+                continue
+            stored = scalar(result, result.tensors[name])
+            if not abs(used - stored) <= ROUNDING * abs(stored):
+                yield "problem", f"{name}: it says {stored:.6g}, vLLM will use {used:.6g}"
+    without = [layer for layer in narrow if not layer["from"]["q_scale"]]
+    if without and _ours(result):  # of others' the structural check has noted it
+        yield "problem", f"{_attention(without)} will run queries at scale 1.0: no q_scale"
+
+
+def _is_one(scale: Any) -> bool:
+    """Whether a scale, or each of one a head, is 1.0."""
+    return all(value == 1.0 for value in scale) if isinstance(scale, list) else scale == 1.0
+
+
+def _attention(layers: Sequence[Mapping[str, Any]]) -> str:
+    if len(layers) == 1:
+        return f"attention of 1 layer ({layers[0]['name']})"
+    return f"attention of {len(layers)} layers (first {layers[0]['name']})"
+
+
+# --- generation --------------------------------------------------------------------------------------
+
+
+def judge_generation(
+    runs: Mapping[str, dict[str, Any]], before: dict[str, Any], prompts: Sequence[str], report: Report
+) -> dict[str, Any]:
+    """Judge what the engine made of the same prompts and texts.
+
+    Args:
+        runs: by --kv-cache-dtype, what `vllm_env.jobs.generate.run` returned, with the source's completions scored.
+        before: the source's own run.
+        prompts: what was completed, in words, for the report.
+        report: findings go here.
+
+    Returns:
+        The figures, as plain data.
+    """
+    figures: dict[str, Any] = {}
+    base = before["nll"] / before["counted"]
+    for kv, run in runs.items():
+        ratio = _exp(run["nll"] / run["counted"] - base)
+        drops, same, total = [], 0, 0
+        for own, theirs, scored in zip(run["completions"], before["completions"], run["scored"], strict=True):
+            drops.append((sum(theirs["logprobs"]) - sum(scored)) / len(scored))
+            same += sum(a == b for a, b in zip(own["tokens"], theirs["tokens"], strict=True))
+            total += len(scored)
+        figures[kv] = {
+            "perplexity": _exp(run["nll"] / run["counted"]),
+            "perplexity_of_source": _exp(base),
+            "perplexity_ratio": ratio,
+            "tokens_scored": run["counted"],
+            "greedy_tokens_equal": [same, total],
+            "logprob_drop": dict(zip(prompts, drops, strict=True)),
+            "answers": [entry["text"] for entry in run["completions"]],
+            "answers_of_source": [entry["text"] for entry in before["completions"]],
+        }
+        if math.isnan(ratio) or any(math.isnan(drop) for drop in drops):
+            report.problems.append(f"with --kv-cache-dtype {kv} the engine's log-probabilities are NaN")
+            continue
+        if ratio > MAX_RATIO:
+            report.problems.append(
+                f"with --kv-cache-dtype {kv} the served perplexity is {ratio:.3f} times the source's "
+                f"({_exp(run['nll'] / run['counted']):.2f} against {_exp(base):.2f}); at most {MAX_RATIO} "
+                "passes as 8-bit rounding"
+            )
+        for prompt, drop in zip(prompts, drops, strict=True):
+            if drop > MAX_DROP:
+                report.problems.append(
+                    f"with --kv-cache-dtype {kv} the answer to {prompt} is another: the source's own is {drop:.2f} "
+                    "nats a token less likely"
+                )
+        report.checked.append(
+            f"generated with --kv-cache-dtype {kv}: perplexity {ratio:.4f} times the source's over {run['counted']} "
+            f"tokens, {same} of {total} greedy tokens the same ({', '.join(prompts)})"
+        )
+    return figures
+
+
+def _exp(nats: float) -> float:
+    """A perplexity, which a ruined checkpoint may put beyond all floating-point numbers."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,1 @@
+"""vLLM's own environment and what runs in it."""

