@@ -11,17 +11,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pipeline.vllm_env import environment as servers
 from pipeline.vllm_env.environment import Server
 from pipeline.vllm_env.worker import VllmWorker
+from tests.warm import Warm
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+    from tests.machines import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 QUANTIZE = [sys.executable, "-m", "pipeline"]
+HEAVY = ("torch", "transformers", "modelopt.torch.quantization", "modelopt.torch.export")
 
 RECIPE = """\
 model:
@@ -32,6 +38,19 @@ scheme: fp8_dynamic
 kv_cache: none
 verify: structure
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true",
+        help="repeat what is repeated as often as it takes to be sure, and at full size: kills, and gigabytes",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether repetitions and full sizes are wanted."""
+    return bool(request.config.getoption("--long"))
 
 
 def pytest_configure() -> None:
@@ -78,6 +97,23 @@ def quantize() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Runs the command line as a process that has torch and the quantizers imported already: see tests/warm.py.
+
+    For runs that calibrate, whose imports take longer than all else. What takes no time to import runs in `quantize`.
+    """
+    with Warm("pipeline.run.runner", "pipeline.run.smoke", *HEAVY) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def peers() -> Iterator[Warm]:
+    """Runs code in processes that have the quantizers' own tools imported already."""
+    with Warm(*HEAVY, "llmcompressor", "llmcompressor.modifiers.quantization") as running:
+        yield running
+
+
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
     """A failure as the user should see it: the exit status, no traceback, one error line with these words."""
     assert done.returncode == status, done.stdout + done.stderr
@@ -114,6 +150,14 @@ def all_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
             begin, end = entry["data_offsets"]
             found[name] = (entry["dtype"], tuple(entry["shape"]), data[begin:end])
     return found
+
+
+def value(entry: tuple[str, tuple[int, ...], bytes]) -> float:
+    """Of a tensor that holds one number."""
+    import torch
+
+    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
+    return float(torch.frombuffer(bytearray(entry[2]), dtype=kinds[entry[0]]).float().item())
 
 
 def weight_files(directory: Path) -> dict[str, bytes]:
@@ -209,6 +253,36 @@ def mounted(tmp_path: Path) -> Iterator[Any]:
         subprocess.run(["umount", "-l", point], check=True)
 
 
+# --- a machine for the doctor ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A healthy one; see tests/machines.py."""
+    from tests.machines import Machine
+
+    made = Machine(tmp_path / "machine")
+    monkeypatch.setenv(servers.VARIABLE, str(made.script(made.place / "vllm/python", "echo vllm 0.32.0")))
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe that needs no data, of a small source."""
+    from pipeline.recipe import recipe
+
+    def build(*overrides: str, source: Path | str | None = None, output: Path | str | None = None) -> Recipe:
+        if source is None:
+            source = tmp_path / "source"
+            if not source.exists():
+                make_plain_checkpoint(source)
+        text = RECIPE.format(source=f"'{source}'", output=f"'{output or tmp_path / 'results' / 'out'}'")
+        return recipe.parse(text, overrides=overrides)
+
+    return build
+
+
 # --- small models of transformers ---------------------------------------------------------------------
 
 
@@ -228,6 +302,44 @@ def session(server: Server) -> Iterator[VllmWorker]:
     """One process of vLLM for all tests that verify; its imports take seconds."""
     with VllmWorker(server) as running:
         yield running
+
+
+@pytest.fixture
+def quantize_here(
+    session: VllmWorker, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in this process, with the one vLLM that is running instead of another start each time."""
+    from click.testing import CliRunner
+
+    from pipeline.cli import main
+    from pipeline.run import runner, smoke
+
+    class Running:
+        """As a `VllmWorker` that is started, and ends, with a run."""
+
+        def __init__(self, server: Server) -> None:
+            assert server == session.server
+
+        def __enter__(self) -> VllmWorker:
+            return session
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def begin(self) -> Running:
+            return self
+
+    for module in (runner, smoke):
+        monkeypatch.setattr(module, "VllmWorker", Running)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        done = CliRunner().invoke(main, words, prog_name="quantize")
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,10 @@ import pytest
 
 from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8, balance
 from pipeline.calibration.batches import make_batches
-from tests.conftest import damaged
-from tests.test_calibrate import value
-from tests.test_skeleton import build
+from tests.conftest import all_tensors, damaged, value
+from tests.layers import SEQUENCES, build
+from tests.warm import Warm
 
-SEQUENCES = [[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8, 9, 3], [4] * 70]
 UP = {"k_proj": 8, "o_proj": 7, "down_proj": 6}  # times 2^n, in weight and bias; the others against them
 DOWN = {"q_proj": 8, "v_proj": 7, "up_proj": 6}
 
@@ -184,12 +183,10 @@ def test_a_trap_keeps_its_precision(
     small_model: Callable[[str], Path],
     convert: Callable[..., Path],
     tmp_path: Path,
-    quantize: Any,
+    warm: Warm,
 ) -> None:
     """Stock: q, v and up drown under one shared scale. Balanced: no weight is worse than in the model without trap."""
     import json
-
-    from tests.conftest import all_tensors
 
     original = small_model("qwen2_5_vl")
     source = damaged(original, tmp_path / "trap", trap)
@@ -210,7 +207,7 @@ def test_a_trap_keeps_its_precision(
     assert any("changes no output" in line for line in report["findings"])
     biases = [n for n in tensors if n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
     assert biases and any(tensors[n] != all_tensors(source)[n] for n in biases)
-    done = quantize("verify", output, "--source", source, "--level", "structure")
+    done = warm("verify", output, "--source", source, "--level", "structure")
     assert done.returncode == 0, done.stdout
     assert "modules were balanced" in done.stdout
 

@@ -24,22 +24,18 @@ from tests.conftest import (
     all_tensors,
     assert_one_clear_line,
     damaged,
+    make_plain_checkpoint,
     read_shard,
+    value,
     weight_files,
     write_shard,
 )
+from tests.warm import Warm
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
     lines = (output / "quantize" / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def value(entry: tuple[str, tuple[int, ...], bytes]) -> float:
-    import torch
-
-    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
-    return float(torch.frombuffer(bytearray(entry[2]), dtype=kinds[entry[0]]).float().item())
 
 
 def true_ranges(source: Path, text: str) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
@@ -306,7 +302,7 @@ def test_leftovers_of_old_checkpoints_are_carried(
 
 
 def test_balanced_biases_keep_their_dtype(
-    small_model: Callable[[str], Path], convert: Callable[..., Path], tmp_path: Path, quantize: Any
+    small_model: Callable[[str], Path], convert: Callable[..., Path], tmp_path: Path, warm: Warm
 ) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -325,7 +321,7 @@ def test_balanced_biases_keep_their_dtype(
     before, after = all_tensors(source), all_tensors(output)
     name = "model.layers.1.self_attn.v_proj.bias"
     assert after[name][0] == "F32" and after[name] != before[name]
-    done = quantize("verify", output, "--source", source, "--level", "structure")
+    done = warm("verify", output, "--source", source, "--level", "structure")
     assert done.returncode == 0, done.stdout
 
 
@@ -439,8 +435,6 @@ def test_a_tokenizer_of_another_model(
 
 
 def test_no_attention_no_cache(tmp_path: Path, captions: Path) -> None:
-    from tests.conftest import make_plain_checkpoint
-
     source = make_plain_checkpoint(tmp_path / "source")
     for path in source.glob("*.safetensors"):
         header, data = read_shard(path)
@@ -461,22 +455,22 @@ def test_no_attention_no_cache(tmp_path: Path, captions: Path) -> None:
 
 
 def test_wishes_that_do_not_fit_the_machine(
-    small_model: Callable[[str], Path], captions: Path, quantize: Any, tmp_path: Path
+    small_model: Callable[[str], Path], captions: Path, warm: Warm, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(
         CALIBRATED.format(source=small_model("llama"), output=tmp_path / "out", backend="modelopt", scheme="fp8",
                       captions=captions, samples=24)
     )  # fmt: skip
-    done = quantize(path, "runtime.device=cuda", env={"CUDA_VISIBLE_DEVICES": ""})
+    done = warm(path, "runtime.device=cuda", env={"CUDA_VISIBLE_DEVICES": ""})
     assert_one_clear_line(done, 2, "runtime.device: cuda", "use device: cpu, or auto")
     assert_one_clear_line(
-        quantize(path, "runtime.hidden_states=device", "runtime.device=cpu"), 2, "there is no GPU in this run"
+        warm(path, "runtime.hidden_states=device", "runtime.device=cpu"), 2, "there is no GPU in this run"
     )
-    assert_one_clear_line(quantize(path, "calibration.samples=9999"), 2, "calibration.samples")
-    done = quantize("plan", path, "runtime.device=cpu")
+    assert_one_clear_line(warm(path, "calibration.samples=9999"), 2, "calibration.samples")
+    done = warm("plan", path, "runtime.device=cpu")
     assert done.returncode == 0, done.stderr
     assert "calibration: 24 captions" in done.stdout and "layers run on CPU" in done.stdout
-    told = json.loads(quantize("plan", path, "--json").stdout)["calibration"]
+    told = json.loads(warm("plan", path, "--json").stdout)["calibration"]
     assert told["samples"] == 24 and told["forwards"] == 3 * told["batches"]
     assert not (tmp_path / "out.partial").exists()

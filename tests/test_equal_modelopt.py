@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SHARED, all_tensors
+from tests.warm import Warm
 
 pytestmark = pytest.mark.peer
 
@@ -79,13 +78,11 @@ def write_recipe(path: Path, source: Path, output: Path, more: str = "") -> Path
     "name", ["qwen2_5_vl_coco", "qwen3_vl_coco", "qwen2_5_vl", "qwen3_vl", "qwen3", "llama", "llama_tied", "qwen3_moe",
              "qwen3_vl_moe"]
 )  # fmt: skip
-def test_exact_mode_is_modelopt(name: str, source_of: Callable, quantize: Callable, tmp_path: Path) -> None:
+def test_exact_mode_is_modelopt(name: str, source_of: Callable, warm: Warm, peers: Warm, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", source_of(name), tmp_path / "ours", EXACT)
-    done = quantize(recipe)
+    done = warm(recipe)
     assert done.returncode == 0, done.stdout + done.stderr
-    theirs = subprocess.run(
-        [sys.executable, "-c", IN_MEMORY, recipe, tmp_path / "theirs"], capture_output=True, text=True, cwd=tmp_path
-    )
+    theirs = peers(recipe, tmp_path / "theirs", code=IN_MEMORY, cwd=tmp_path)
     assert theirs.returncode == 0, theirs.stderr[-3000:]
     a, b = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "theirs")
     assert a.keys() == b.keys()

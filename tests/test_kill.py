@@ -1,4 +1,4 @@
-"""Forty SIGKILLs at random moments over full runs: the same bytes in the end, and nothing visible before."""
+"""SIGKILLs at random moments over full runs: the same bytes in the end, and nothing visible before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import QUANTIZE, ROOT
 
 pytestmark = pytest.mark.kill
 
-KILLS = 40
+KILLS, MORE = 6, 40  # the second with --long
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def same(directory: Path, reference: Path) -> bool:
     return all(filecmp.cmp(directory / name, reference / name, shallow=False) for name in names if name not in skipped)
 
 
-def test_forty_kills(source: Path, tmp_path: Path, write_recipe: Any) -> None:
+def test_kills_at_any_moment(source: Path, long: bool, tmp_path: Path, write_recipe: Any) -> None:
     recipe = write_recipe(source, more="shard_size: 300MB\n")
     reference, output = tmp_path / "reference" / "out", tmp_path / "out"
     partial = tmp_path / "out.partial"
@@ -62,7 +62,8 @@ def test_forty_kills(source: Path, tmp_path: Path, write_recipe: Any) -> None:
     dice = random.Random(20261121)
     kills = resumed = 0
     kept: list[int] = []
-    while kills < KILLS:
+    wanted = MORE if long else KILLS
+    while kills < wanted or (not resumed and kills < MORE):
         process = start(output)
         moment = dice.uniform(0, seconds)
         deadline = time.monotonic() + moment
@@ -107,7 +108,7 @@ def test_forty_kills(source: Path, tmp_path: Path, write_recipe: Any) -> None:
             assert same(output, reference)
         shutil.rmtree(output)
         assert not partial.exists()
-    assert resumed >= KILLS // 8, "the kills came too early to test a resume"
+    assert resumed >= wanted // 8, "the kills came too early to test a resume"
     print(f"{kills} kills, {resumed} resumes with finished units {sorted(kept)}, one run takes {seconds:.2f} s")
 
 

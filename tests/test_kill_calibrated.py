@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at random moments of calibrated runs: each resumed to the same bytes, from saved hidden states."""
+"""SIGKILLs at random moments of calibrated runs: each resumed to the same bytes, from saved hidden states."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.result import JOURNAL
-from tests.conftest import CALIBRATED, QUANTIZE, SCHEMES, SHARED
+from tests.conftest import CALIBRATED, SCHEMES, SHARED
+from tests.warm import Process, Warm
 
 pytestmark = pytest.mark.kill
 
-KILLS = 10  # for each backend
+KILLS, MORE = 2, 10  # for each backend; the second with --long
+SAVE_ALWAYS = {"PIPELINE_SAVE_SECONDS": "0"}
 CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
 
 
@@ -54,7 +55,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("backend", list(SCHEMES))
-def test_every_kill_is_resumed_to_the_same_bytes(backend: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_kill_is_resumed_to_the_same_bytes(
+    backend: str, long: bool, trained: Callable[[str], Path], warm: Warm, tmp_path: Path
+) -> None:
     if not CAPTIONS.exists():
         pytest.skip(f"{CAPTIONS} is not here: COCO's captions are not part of the repository")
     source = trained("qwen2_5_vl_coco")
@@ -63,25 +66,27 @@ def test_every_kill_is_resumed_to_the_same_bytes(backend: str, trained: Callable
         CALIBRATED.format(source=source, output="x", backend=backend, scheme=SCHEMES[backend], captions=CAPTIONS,
                           samples=1200)
     )  # fmt: skip
-    environment = {**os.environ, "PIPELINE_SAVE_SECONDS": "0.3"}
 
-    def start(target: Path) -> subprocess.Popen[str]:
-        command = [*QUANTIZE, str(recipe), f"output={target}"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    def start(target: Path) -> Process:
+        return warm.start(recipe, f"output={target}", env={"PIPELINE_SAVE_SECONDS": "0.3"})
+
+    assert warm("--version").returncode == 0  # what takes long is imported now
 
     reference, output = tmp_path / "reference" / "out", tmp_path / "out"
     partial, log = tmp_path / "out.partial", tmp_path / "out.partial" / "quantize" / "events.jsonl"
     begun = time.time()
     process = start(reference)
-    text, _ = process.communicate()
-    assert process.returncode == 0, text
+    said = process.communicate()
+    assert process.returncode == 0, said
     moments = {event["event"]: event["time"] for event in read(reference / "quantize" / "events.jsonl")}
     first, last = moments["run"] - begun, moments["verified"] - begun + 0.2
     assert any(event["event"] == "hidden_saved" for event in read(reference / "quantize" / "events.jsonl"))
 
     dice = random.Random(f"{backend} 20261121")
     resumed_from, replayed = [], 0
-    for number in range(KILLS):
+    wanted, number = MORE if long else KILLS, 0
+    while number < wanted or (not resumed_from and number < MORE):
+        number += 1
         process = start(output)
         deadline = time.monotonic() + dice.uniform(0.9 * first, last)
         while time.monotonic() < deadline and process.poll() is None:
@@ -98,8 +103,8 @@ def test_every_kill_is_resumed_to_the_same_bytes(backend: str, trained: Callable
         assert len(kept) <= 2, "one generation, and at most the one before"
         before = len(read(log))
         process = start(output)
-        text, _ = process.communicate()
-        assert process.returncode == 0, text
+        said = process.communicate()
+        assert process.returncode == 0, said
         events = read(output / "quantize" / "events.jsonl")[before:]
         layers = [event for event in events if event["event"] == "layer"]
         written = [event for event in layers if not event.get("replayed")]
@@ -114,23 +119,24 @@ def test_every_kill_is_resumed_to_the_same_bytes(backend: str, trained: Callable
         assert same(output, reference), f"kill {number}"
         assert not list(output.rglob("hidden*")) and not partial.exists()
         shutil.rmtree(output)
-    assert len(resumed_from) >= KILLS // 3, "the kills came too early to test a resume"
-    print(f"{backend}: {KILLS} kills, resumed with finished units {sorted(resumed_from)}, {replayed} layers replayed")
+    assert len(resumed_from) >= max(1, wanted // 3), "the kills came too early to test a resume"
+    print(f"{backend}: {number} kills, resumed with finished units {sorted(resumed_from)}, {replayed} layers replayed")
 
 
-@pytest.mark.parametrize("harm", ["gone", "damaged", "cut"])
-def test_saved_states_that_are_lost_cost_a_replay(
-    harm: str, small_model: Callable[[str], Path], tmp_path: Path, captions: Path
-) -> None:
-    """SIGKILL after a save, then harm to the file: the run starts its forwards over and ends in the same bytes."""
-    recipe = tmp_path / "r.yaml"
+@pytest.fixture(scope="module")
+def killed(
+    small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, captions: Path, warm: Warm
+) -> Path:
+    """A run that was killed after it saved hidden states, in ``out.partial``, and one that was not, in ``straight``."""
+    root = tmp_path_factory.mktemp("killed")
+    recipe = root / "r.yaml"
     recipe.write_text(
         CALIBRATED.format(source=small_model("qwen3"), output="x", backend="llmcompressor", scheme="fp8_dynamic",
                           captions=captions, samples=60)
     )  # fmt: skip
     code = (
         "import sys, os, signal\n"
-        "from pipeline.calibration import layers\n"
+        "from pipeline.stream import layers\n"
         "save = layers._Stream._save\n"
         "def stop(self, hidden, unit):\n"
         "    save(self, hidden, unit)\n"
@@ -138,9 +144,17 @@ def test_saved_states_that_are_lost_cost_a_replay(
         "layers._Stream._save = stop\n"
         "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
     )
-    environment = {**os.environ, "PIPELINE_SAVE_SECONDS": "0"}
-    killed = subprocess.run([QUANTIZE[0], "-c", code, recipe, f"output={tmp_path / 'out'}"], env=environment)
-    assert killed.returncode == -9
+    assert warm(recipe, f"output={root / 'out'}", code=code, env=SAVE_ALWAYS).returncode == -9
+    (root / "straight").mkdir()
+    done = warm(recipe, f"output={root / 'straight' / 'out'}", env=SAVE_ALWAYS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "cut"])
+def test_saved_states_that_are_lost_cost_a_replay(harm: str, killed: Path, warm: Warm, tmp_path: Path) -> None:
+    """SIGKILL after a save, then harm to the file: the run starts its forwards over and ends in the same bytes."""
+    shutil.copytree(killed / "out.partial", tmp_path / "out.partial")
     (saved,) = (tmp_path / "out.partial" / "quantize" / "hidden").glob("hidden-*.bin")
     assert saved.name == "hidden-00001.bin"
     if harm == "gone":
@@ -151,12 +165,10 @@ def test_saved_states_that_are_lost_cost_a_replay(
         raw = bytearray(saved.read_bytes())
         raw[7] ^= 1
         saved.write_bytes(raw)
-    (tmp_path / "straight").mkdir()
-    for target in (tmp_path / "out", tmp_path / "straight" / "out"):
-        done = subprocess.run([*QUANTIZE, recipe, f"output={target}"], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = warm(killed / "r.yaml", f"output={tmp_path / 'out'}", env=SAVE_ALWAYS)
+    assert done.returncode == 0, done.stdout + done.stderr
     events = read(tmp_path / "out" / "quantize" / "events.jsonl")
     assert [e["layer"] for e in events if e["event"] == "hidden_lost"] == [1]
     assert [e["index"] for e in events if e["event"] == "layer"] == [0, 1, 0, 1, 2]
     assert [bool(e.get("replayed")) for e in events if e["event"] == "layer"] == [False, False, True, True, False]
-    assert same(tmp_path / "out", tmp_path / "straight" / "out")
+    assert same(tmp_path / "out", killed / "straight" / "out")

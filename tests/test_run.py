@@ -275,7 +275,8 @@ def test_a_signal_saves_and_exits_75(
     source = make_plain_checkpoint(tmp_path / "source", layers=6)
     recipe = write_recipe(source)
     code = (
-        "import sys, time; from pipeline import plan, stream; plan.UNIT_BYTES = 20_000; plan.PIECE_BYTES = 3_000\n"
+        "import sys, time; from pipeline.plan import layout as plan; from pipeline.stream import data_free as stream\n"
+        "plan.UNIT_BYTES = 20_000; plan.PIECE_BYTES = 3_000\n"
         "read = stream.read_exactly\n"
         "def slow(*a): time.sleep(0.01); read(*a)\n"
         "stream.read_exactly = slow\n"
@@ -527,17 +528,17 @@ def test_a_damaged_profile_is_written_anew(tmp_path: Path, quantize: Any, write_
 
 @pytest.mark.vllm
 def test_a_result_that_failed_in_vllm_does_not_pass_by_being_asked_less(
-    tmp_path: Path, small_model: Any, quantize: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_model: Any, quantize_here: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, out = write_recipe(small_model("qwen3")), tmp_path / "out"
-    assert quantize(recipe).returncode == 0
+    assert quantize_here(recipe).returncode == 0
     weights = out / "model.safetensors"
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])  # the structure alone does not show it
-    failed = quantize(recipe, "verify=load")
+    failed = quantize_here(recipe, "verify=load")
     assert failed.returncode == 1 and "it is published, but fails verification" in failed.stderr
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()}
-    done = quantize(recipe, "serve={max_num_seqs: 7}")
+    done = quantize_here(recipe, "serve={max_num_seqs: 7}")
     assert_one_clear_line(done, 1, "it is published, but has failed verify: load; do not serve it")
     assert "its bytes are not those that the run wrote" in done.stderr
     with monkeypatch.context() as patch:
@@ -546,23 +547,23 @@ def test_a_result_that_failed_in_vllm_does_not_pass_by_being_asked_less(
             run(recipe, "verify=load")
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
     weights.write_bytes(sound)
-    done = quantize(recipe, "verify=load")
+    done = quantize_here(recipe, "verify=load")
     assert done.returncode == 0 and "verification: passed" in done.stdout, done.stderr
-    assert quantize(recipe).returncode == 0
+    assert quantize_here(recipe).returncode == 0
 
 
 @pytest.mark.vllm
 def test_a_profile_that_vllm_refuses_does_not_replace_one(
-    tmp_path: Path, small_model: Any, quantize: Any, write_recipe: Any
+    tmp_path: Path, small_model: Any, quantize_here: Any, write_recipe: Any
 ) -> None:
     recipe = write_recipe(small_model("qwen3"))
-    assert quantize(recipe).returncode == 0
+    assert quantize_here(recipe).returncode == 0
     profile = tmp_path / "out" / "quantize" / "serve.yaml"
     before = profile.read_bytes()
-    done = quantize(recipe, "verify=load", "serve={extra: {prot: 8001}}")
+    done = quantize_here(recipe, "verify=load", "serve={extra: {prot: 8001}}")
     assert_one_clear_line(done, 2, "refuses the profile: unrecognized arguments: --prot 8001", "stays as it was")
     assert profile.read_bytes() == before
-    done = quantize(recipe, "verify=load", "serve={extra: {port: 8001}}")
+    done = quantize_here(recipe, "verify=load", "serve={extra: {port: 8001}}")
     assert done.returncode == 0, done.stderr
     assert "written anew" in done.stdout and ", which vllm" in done.stdout
     assert "port: 8001" in profile.read_text()

@@ -11,23 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline.calibration.batches import make_batches
-from pipeline.checkpoint.source import SourceError, open_checkpoint
-from pipeline.model.selection import select
-from pipeline.model.skeleton import Skeleton
+from pipeline.checkpoint.source import SourceError
 from tests import families
-
-SEQUENCES = [[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8, 9, 3], [4] * 70]
-
-
-def build(source: Path) -> tuple[Any, Any, Callable[[str], Any]]:
-    import torch
-    from safetensors import safe_open
-
-    checkpoint = open_checkpoint(source)
-    selection = select(checkpoint)
-    skeleton = Skeleton.build(checkpoint, selection, torch.device("cpu"))
-    files = [safe_open(str(shard.path), "pt") for shard in checkpoint.shards]
-    return skeleton, selection, lambda name: files[checkpoint.tensors[name].shard].get_tensor(name)
+from tests.layers import SEQUENCES, build
 
 
 @pytest.mark.parametrize("name", list(families.FAMILIES))

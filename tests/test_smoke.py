@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from pipeline.run.estimate import estimate_run, forward_seconds
 from pipeline.run.smoke import SAMPLES
 from tests.conftest import (
     CALIBRATED,
-    QUANTIZE,
     RECIPE,
     SCHEMES,
     all_tensors,
     assert_one_clear_line,
     make_plain_checkpoint,
 )
+from tests.warm import Warm
 
 # layers kept of a family's three: every kind of layer, and as many as a vision tower feeds
 KEPT = {"llama_tied": 2, "qwen2_5_vl": 2, "qwen3_vl": 2, "qwen3_moe": 2, "qwen2_moe": 2, "qwen3_vl_moe": 2, "phi3": 2}
@@ -139,7 +139,9 @@ def test_an_ignore_of_a_later_layer_is_none_of_the_first_ones(tmp_path: Path, qu
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_stop_leaves_nothing(number: str, tmp_path: Path, small_model: Callable[[str], Path], captions: Path) -> None:
+def test_a_stop_leaves_nothing(
+    number: str, tmp_path: Path, small_model: Callable[[str], Path], captions: Path, warm: Warm
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         CALIBRATED.format(
@@ -152,27 +154,16 @@ def test_a_stop_leaves_nothing(number: str, tmp_path: Path, small_model: Callabl
         )
     )
     keep = ["--keep"] if number == "SIGTERM" else []  # nothing is to be looked at
-    with subprocess.Popen(
-        [*QUANTIZE, path, "--smoke", *keep], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
-    ) as run:  # fmt: skip
-        until_the_copy(run)
-        run.send_signal(getattr(signal, number))
-        _, errors = run.communicate(timeout=60)
+    run = warm.start(path, "--smoke", *keep)
+    run.until("smoke: ")  # the copy
+    run.send_signal(getattr(signal, number))
+    _, errors = run.communicate()
     assert run.returncode == 75 and "nothing is left behind" in errors
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def until_the_copy(run: subprocess.Popen[str]) -> None:
-    assert run.stdout is not None
-    for line in run.stdout:
-        if line.startswith("smoke: "):
-            return
-    raise AssertionError(f"it ended: {run.communicate()}")
-
-
 def test_what_a_kill_leaves_the_next_one_removes(
-    tmp_path: Path, small_model: Callable[[str], Path], captions: Path, quantize: Any
+    tmp_path: Path, small_model: Callable[[str], Path], captions: Path, warm: Warm
 ) -> None:
     """Of this output alone, and neither what was kept nor what another smoke test works in."""
     path = tmp_path / "recipe.yaml"
@@ -182,9 +173,10 @@ def test_what_a_kill_leaves_the_next_one_removes(
             captions=captions, samples=8,
         )
     )  # fmt: skip
-    with subprocess.Popen([*QUANTIZE, path, "--smoke"], stdout=subprocess.PIPE, text=True) as run:
-        until_the_copy(run)
-        run.kill()
+    run = warm.start(path, "--smoke")
+    run.until("smoke: ")
+    run.kill()
+    run.communicate()
     (left,) = tmp_path.glob(".out.smoke-*")
     assert list((left / "source").glob("*.safetensors"))
     (tmp_path / ".out.smoke-kept" / "out").mkdir(parents=True)
@@ -192,7 +184,7 @@ def test_what_a_kill_leaves_the_next_one_removes(
     busy.mkdir()
     with (busy / ".out.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = quantize(path, "--smoke")
+        done = warm(path, "--smoke")
     assert done.returncode == 0, done.stderr
     assert f"removed {left}, which a killed smoke test had left behind" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.smoke-busy", ".out.smoke-kept", "recipe.yaml"]
@@ -269,21 +261,23 @@ def test_a_drive_that_fills_up_is_told_with_its_path(
     assert not list(small.iterdir())
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path, small_model: Callable[[str], Path], captions: Path) -> None:
+def test_a_failure_leaves_nothing(
+    tmp_path: Path, small_model: Callable[[str], Path], captions: Path, warm: Warm
+) -> None:
     path = tmp_path / "recipe.yaml"
     text = CALIBRATED.format(
         source=tmp_path / "bad", output=tmp_path / "out", backend="modelopt", scheme="fp8", captions=captions, samples=8
     )
     path.write_text(text)
     source = tmp_path / "bad"
-    subprocess.run(["cp", "-r", small_model("qwen3"), source], check=True)
+    shutil.copytree(small_model("qwen3"), source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchClass"]}))
-    done = subprocess.run([*QUANTIZE, path, "--smoke"], capture_output=True, text=True)
+    done = warm(path, "--smoke")
     assert done.returncode == 1 and "NoSuchClass" in done.stderr and "Traceback" not in done.stderr
     assert "is removed; --keep leaves it to look at" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "recipe.yaml"]
-    done = subprocess.run([*QUANTIZE, path, "--smoke", "--keep"], capture_output=True, text=True)
+    done = warm(path, "--smoke", "--keep")
     (place,) = tmp_path.glob(".out.smoke-*")
     assert done.returncode == 1 and "NoSuchClass" in done.stderr and f"kept: {place}" in done.stderr
     assert sorted(path.name for path in place.iterdir()) == ["out.partial", "source"]

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.serving.verify import verify
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.verify.structure import check_structure
-from pipeline.verify.verify import verify
 from pipeline.vllm_env.worker import VllmWorker
-from tests.test_verify import drop, edit_config, rewrite, section
-from tests.test_verify_cache import both, put
+from tests.damage import both, drop, edit_config, put, rewrite, section
 
 pytestmark = pytest.mark.vllm
 Q = "model.language_model.layers.0.self_attn.q_proj"

@@ -14,9 +14,9 @@ import pytest
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.verify.structure import check_structure
-from tests.conftest import make_plain_checkpoint, read_shard, write_shard
+from tests.conftest import make_plain_checkpoint, read_shard
+from tests.damage import SHARD, drop, edit_config, flip_a_bit, rename, reshape, rewrite, section
 
-SHARD = "model.safetensors"
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -38,51 +38,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, root / "out"
 
 
-def edit_config(out: Path, change: Callable[[Any], Any]) -> None:
-    path = out / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
-def section(out: Path, **values: Any) -> None:
-    edit_config(out, lambda config: config["quantization_config"].update(values))
-
-
-def rewrite(out: Path, change: Callable[[dict[str, tuple[dict[str, Any], bytes]]], None]) -> None:
-    """Change tensors as (entry, bytes) by name, and lay the shard and the index out anew."""
-    header, data = read_shard(out / SHARD)
-    header.pop("__metadata__", None)
-    tensors = {name: (entry, data[slice(*entry["data_offsets"])]) for name, entry in header.items()}
-    change(tensors)
-    fresh, body = {}, b""
-    for name, (entry, raw) in tensors.items():
-        fresh[name] = {**entry, "data_offsets": [len(body), len(body) + len(raw)]}
-        body += raw
-    write_shard(out / SHARD, fresh, body)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    index["weight_map"] = dict.fromkeys(fresh, SHARD)
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def set_scale(value: float) -> Callable[[Path], None]:
     def change(tensors: Any) -> None:
         entry, raw = tensors[Q + "_scale"]
         tensors[Q + "_scale"] = (entry, struct.pack("<f", value)[2:] + raw[2:])
 
     return lambda out: rewrite(out, change)
-
-
-def drop(name: str) -> Callable[[Path], None]:
-    return lambda out: rewrite(out, lambda tensors: tensors.pop(name))
-
-
-def rename(old: str, new: str) -> Callable[[Path], None]:
-    return lambda out: rewrite(out, lambda tensors: tensors.update({new: tensors.pop(old)}))
-
-
-def reshape(name: str, shape: list[int]) -> Callable[[Path], None]:
-    return lambda out: rewrite(out, lambda t: t.update({name: ({**t[name][0], "shape": shape}, t[name][1])}))
 
 
 def cast_vision(out: Path) -> None:
@@ -93,14 +54,6 @@ def cast_vision(out: Path) -> None:
         tensors[name + "_scale"] = ({"dtype": "BF16", "shape": [24, 1]}, b"\x80\x3f" * 24)
 
     rewrite(out, change)
-
-
-def flip_a_bit(name: str) -> Callable[[Path], None]:
-    def change(tensors: Any) -> None:
-        entry, raw = tensors[name]
-        tensors[name] = (entry, bytes([raw[0] ^ 1]) + raw[1:])
-
-    return lambda out: rewrite(out, change)
 
 
 # name: (damage, sentence, whether the checkpoint alone shows it)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from pipeline.checkpoint.source import INDEX, open_checkpoint
 from pipeline.verify.structure import check_structure, read_back
 from tests.conftest import CALIBRATED, SCHEMES, SENTENCES
-from tests.test_verify import SHARD, drop, flip_a_bit, rename, rewrite, section
+from tests.damage import SHARD, all_of, both, drop, edit_config, flip_a_bit, put, rename, rewrite, section
 
 L0, L1 = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
@@ -38,31 +37,6 @@ def pairs(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         runner.run(recipe.parse(text), Console())
         made[backend] = (small_model("qwen2_5_vl"), root / backend)
     return made
-
-
-def put(name: str, value: float) -> Callable[[Path], None]:
-    def change(tensors: Any) -> None:
-        entry, _ = tensors[name]
-        raw = struct.pack("<f", value)
-        tensors[name] = (entry, raw if entry["dtype"] == "F32" else raw[2:])
-
-    return lambda out: rewrite(out, change)
-
-
-def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def change(out: Path) -> None:
-        for each in changes:
-            each(out)
-
-    return change
-
-
-def all_of(suffixes: tuple[str, ...]) -> Callable[[Path], None]:
-    def change(tensors: Any) -> None:
-        for name in [n for n in tensors if n.endswith(suffixes)]:
-            tensors.pop(name)
-
-    return lambda out: rewrite(out, change)
 
 
 def old_config(out: Path, **values: Any) -> None:
@@ -301,20 +275,13 @@ def others(out: Path, target: Path) -> Path:
     return target
 
 
-def edit(out: Path, change: Callable[[Any], Any]) -> None:
-    path = out / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
 def legacy(out: Path) -> None:
-    edit(out, lambda c: c.pop("quantization_config"))
+    edit_config(out, lambda c: c.pop("quantization_config"))
 
 
 def nested(out: Path) -> None:
     old = json.loads((out / "hf_quant_config.json").read_text())
-    edit(out, lambda c: c.update(quantization_config={"quant_method": "modelopt", **old}))
+    edit_config(out, lambda c: c.update(quantization_config={"quant_method": "modelopt", **old}))
     (out / "hf_quant_config.json").unlink()
 
 
@@ -330,7 +297,7 @@ def static(out: Path) -> None:
             "ignore": ["lm_head", "re:.*visual.*"], "kv_cache_scheme": section["kv_cache_scheme"],
         }  # fmt: skip
 
-    edit(out, change)
+    edit_config(out, change)
     (out / "hf_quant_config.json").unlink()
     rewrite(out, lambda t: [t.pop(name) for name in list(t) if name.endswith(".prob_scale")])
 
@@ -344,7 +311,7 @@ def a_head_each(out: Path) -> None:
 
 
 def names_of_transformers(out: Path) -> None:
-    edit(
+    edit_config(
         out,
         lambda c: c["quantization_config"].update(
             ignore=[
@@ -371,7 +338,9 @@ def one_for_both(out: Path) -> None:
 
 
 def weights_alone(out: Path) -> None:
-    edit(out, lambda c: [g.update(input_activations=None) for g in c["quantization_config"]["config_groups"].values()])
+    edit_config(
+        out, lambda c: [g.update(input_activations=None) for g in c["quantization_config"]["config_groups"].values()]
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,7 +350,7 @@ def weights_alone(out: Path) -> None:
      ("llmcompressor", lambda o: section(o, ignore=["re:.*lm_head", "re:visual.*", "re:model.visual.*"])),
      ("llmcompressor", both(renamed(".k_scale", ".attn.k_scale"), renamed(".v_scale", ".attn.v_scale"))),
      ("llmcompressor", one_for_both), ("llmcompressor", weights_alone),
-     ("modelopt", both(lambda o: edit(o, lambda c: c["quantization_config"].pop("config_groups")),
+     ("modelopt", both(lambda o: edit_config(o, lambda c: c["quantization_config"].pop("config_groups")),
                        lambda o: (o / "hf_quant_config.json").unlink())),
      ("modelopt", both(lambda o: section(o, ignore=["lm_head", "visual", "absent"]),
                        lambda o: (o / "hf_quant_config.json").unlink()))],
@@ -417,12 +386,12 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an absurd scale": ("llmcompressor", put(f"{L0}.k_scale", 1e30), "is out of the range that keys and values have"),
     "targets that are a number": (
         "llmcompressor",
-        lambda o: edit(o, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=5)),
+        lambda o: edit_config(o, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=5)),
         "they do not say that Linear weights are FP8",
     ),
     "a target that is no pattern": (
         "llmcompressor",
-        lambda o: edit(
+        lambda o: edit_config(
             o, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=["Other", "re:("])
         ),
         "ignore list: it cannot be checked, a value is not what it should be",
@@ -440,7 +409,7 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "a number of 5000 digits": (
         "modelopt", lambda o: (o / "config.json").write_text('{"a": ' + "9" * 5000 + "}"), "this is not JSON"),
-    "a section that is text": ("llmcompressor", lambda o: edit(o, lambda c: c.update(quantization_config="fp8")),
+    "a section that is text": ("llmcompressor", lambda o: edit_config(o, lambda c: c.update(quantization_config="fp8")),
         "config.json has no quantization_config"),
     "an embedding in FP8": (
         "llmcompressor",
@@ -469,7 +438,7 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda o: rewrite(o, lambda t: t.update({f"{L0}.k_scale": ({"dtype": "F64", "shape": []}, b"\0" * 8)})),
         f"{L0}.k_scale: it is F64; scales are",
     ),
-    "a section that is a list": ("modelopt", lambda o: edit(o, lambda c: c.update(quantization_config=[1])),
+    "a section that is a list": ("modelopt", lambda o: edit_config(o, lambda c: c.update(quantization_config=[1])),
         "config.json has no quantization_config"),
     "an old file without content": (
         "modelopt", lambda o: (o / "hf_quant_config.json").write_text('{"quantization": null}'),
@@ -513,7 +482,7 @@ def test_what_is_not_quantized_is_said_to_be_so(pairs: dict[str, tuple[Path, Pat
     assert report.passed
     assert report.notes == ["it is not quantized: config.json has no quantization_config, and no tensor holds codes"]
     odd = shutil.copytree(pairs["modelopt"][0], tmp_path / "odd")
-    edit(odd, lambda config: config.update(quantization_config="fp8"))
+    edit_config(odd, lambda config: config.update(quantization_config="fp8"))
     assert check_structure(odd).problems == ["config.json: its quantization_config is 'fp8', and no object"]
 
 

@@ -24,9 +24,9 @@ from pipeline.verify.vllm_verdict import judge_load
 from pipeline.vllm_env import environment as servers
 from pipeline.vllm_env.environment import Server
 from pipeline.vllm_env.worker import VllmWorker
-from tests.conftest import QUANTIZE, SCHEMES, SHARED
-from tests.test_verify import drop, edit_config, rename, reshape, rewrite, section
-from tests.test_verify_cache import all_of, both, put
+from tests.conftest import SCHEMES, SHARED
+from tests.damage import all_of, both, drop, edit_config, put, rename, reshape, rewrite, section
+from tests.warm import Warm
 
 pytestmark = pytest.mark.vllm
 L0, L1 = "model.language_model.layers.0", "model.language_model.layers.1"
@@ -392,8 +392,8 @@ def recipe_file(tmp_path: Path, source: Path, more: str = "") -> Path:
     return path
 
 
-def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any) -> None:
-    done = quantize(recipe_file(tmp_path, demo["source"]))
+def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: Server, tmp_path: Path, warm: Warm) -> None:
+    done = warm(recipe_file(tmp_path, demo["source"]))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"verify: load, in {server.name}" in done.stdout
     assert f"verification: passed (loaded in {server.name})" in done.stdout
@@ -403,18 +403,18 @@ def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: Server, tmp_p
 
 
 def test_what_vllm_refuses_is_not_published(
-    demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any
+    demo: dict[str, Path], server: Server, tmp_path: Path, quantize_here: Any
 ) -> None:
     """A profile with an argument that vLLM does not have; mended, the same command goes on and verifies alone."""
     recipe = recipe_file(tmp_path, demo["source"], "serve: {extra: {no-such-argument: 1}}")
-    done = quantize(recipe)
+    done = quantize_here(recipe)
     assert done.returncode == 1
     assert "fails verification and is not published" in done.stderr and "no-such-argument" in done.stderr
     assert not (tmp_path / "out").exists()
     told = json.loads((tmp_path / "out.partial" / "quantize" / "verify.json").read_text())
     assert not told["passed"]
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
-    done = quantize(recipe, "serve={}")
+    done = quantize_here(recipe, "serve={}")
     assert done.returncode == 0, done.stderr
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
     assert written and again == written, "weights were written again"
@@ -422,25 +422,25 @@ def test_what_vllm_refuses_is_not_published(
 
 
 def test_a_published_result_is_proven_further_when_asked(
-    demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any
+    demo: dict[str, Path], server: Server, tmp_path: Path, quantize_here: Any
 ) -> None:
     """Published with its structure alone; asked for more, it is loaded, and not converted again."""
     recipe, out = recipe_file(tmp_path, demo["source"], "verify: structure"), tmp_path / "out"
-    assert quantize(recipe).returncode == 0
+    assert quantize_here(recipe).returncode == 0
     written = (out / "model.safetensors").stat().st_mtime_ns
-    done = quantize(recipe, "verify=load")
+    done = quantize_here(recipe, "verify=load")
     assert done.returncode == 0, done.stderr
     assert "done already" in done.stdout and "verification: passed (loaded in" in done.stdout
     told = json.loads((out / "quantize" / "verify.json").read_text())
     assert told["level"] == "load" and told["proven_in_vllm"] and told["checkpoint"] == "out"
     assert (out / "model.safetensors").stat().st_mtime_ns == written
-    assert "verification" not in quantize(recipe, "verify=load").stdout, "verified again, for nothing"
+    assert "verification" not in quantize_here(recipe, "verify=load").stdout, "verified again, for nothing"
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (out / "model.safetensors").write_bytes(data)
     told["asked"] = "structure"
     (out / "quantize" / "verify.json").write_text(json.dumps(told))
-    done = quantize(recipe, "verify=load")
+    done = quantize_here(recipe, "verify=load")
     assert done.returncode == 1 and "it is published, but fails verification; do not serve it" in done.stderr
     assert "its bytes are not those that the run wrote" in done.stderr
 
@@ -486,22 +486,19 @@ def test_bytes_are_read_back_beside_vllm(demo: dict[str, Path], session: VllmWor
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_verification_can_go_on(
-    kind: signal.Signals, demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any
+    kind: signal.Signals, demo: dict[str, Path], warm: Warm, tmp_path: Path, quantize_here: Any
 ) -> None:
     recipe = recipe_file(tmp_path, demo["source"])
-    with subprocess.Popen([*QUANTIZE, recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("loading it in"):
-                break
-        time.sleep(1.0)
-        process.send_signal(kind)
-        _, errors = process.communicate(timeout=60)
+    process = warm.start(recipe)
+    process.until("loading it in")
+    time.sleep(1.0)
+    process.send_signal(kind)
+    _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert "Traceback" not in errors
     assert not [line for line in running() if str(tmp_path) in line], "vLLM goes on"
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
-    assert quantize(recipe).returncode == 0
+    assert quantize_here(recipe).returncode == 0
     assert (tmp_path / "out").is_dir()
 
 
@@ -537,9 +534,12 @@ def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("backend", list(SCHEMES))
-def test_smoke(backend: str, demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any) -> None:
+def test_smoke(
+    backend: str, demo: dict[str, Path], server: Server, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     recipe = recipe_file(tmp_path, demo["source"])
-    done = quantize(recipe, f"backend={backend}", f"scheme={SCHEMES[backend]}", "--smoke", "--keep")
+    run = request.getfixturevalue("warm" if backend == "modelopt" else "quantize_here")
+    done = run(recipe, f"backend={backend}", f"scheme={SCHEMES[backend]}", "--smoke", "--keep")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{server.name} generates from it" in done.stdout
     assert "smoke test passed: 2 of 6 layers" in done.stdout and "forecast of the whole run" in done.stdout
@@ -555,10 +555,10 @@ def test_smoke(backend: str, demo: dict[str, Path], server: Server, tmp_path: Pa
 
 
 def test_smoke_leaves_nothing_behind_and_fails_when_vllm_does(
-    demo: dict[str, Path], server: Server, tmp_path: Path, quantize: Any
+    demo: dict[str, Path], server: Server, tmp_path: Path, quantize_here: Any
 ) -> None:
     recipe = recipe_file(tmp_path, demo["source"], "serve: {extra: {no-such-argument: 1}}")
-    done = quantize(recipe, "--smoke")
+    done = quantize_here(recipe, "--smoke")
     assert done.returncode == 1 and "smoke test FAILED" in done.stdout and "no-such-argument" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
