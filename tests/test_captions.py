@@ -339,7 +339,8 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
 
 def test_files_are_read_without_heavy_imports() -> None:
     code = (
-        "import sys; from pipeline.calibration.captions import load_captions; from pipeline.recipe.sections import Calibration\n"
+        "import sys; from pipeline.calibration.captions import load_captions\n"
+        "from pipeline.recipe.sections import Calibration\n"
         "assert len(load_captions(Calibration(captions='embedded', samples=7)).texts) == 7\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
     )
