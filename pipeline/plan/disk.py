@@ -46,11 +46,11 @@ def check_disk(plan: Plan, output: Path, partial: Path) -> None:
     usage = shutil.disk_usage(place)
     if needed > usage.total:
         raise TooLarge(
-            f"{place}: {size_text(needed)} needed for the result, the whole drive has {size_text(usage.total)}; "
-            "choose another output"
+            f"{place}: {size_text(needed)} needed for the result, the whole drive has {size_text(usage.total)}",
+            remedy="choose another output",
         )
     if usage.free + have < needed:
         raise DiskFull(
-            f"{place}: {size_text(usage.free + have)} free, {size_text(needed)} needed for the result; free "
-            f"{size_text(needed - usage.free - have)}, or choose another output"
+            f"{place}: {size_text(usage.free + have)} free, {size_text(needed)} needed for the result",
+            remedy=f"free {size_text(needed - usage.free - have)}, or choose another output",
         )
