@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline.calibration import captions as reader
-from pipeline.errors import PipelineError, UsageError, explain_os_error
+from pipeline.errors import PipelineError, UsageError, from_os_error
 
 
 def _number_or_all(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -85,7 +85,7 @@ def main(
         _write(output / reader.SET_CAPTIONS, text)
         _write(output / reader.SET_MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
-        _fail(PipelineError(explain_os_error(error, f"building {output}")))
+        _fail(from_os_error(error, f"building {output}"))
     except PipelineError as error:
         _fail(error)
     click.echo(f"{output}: {len(lines):,} of {chosen.read:,} captions, seed {seed}, licence {manifest['licence']}")
@@ -97,7 +97,9 @@ def _check_output(output: Path, force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: this is a file; -o names a directory")
     if output.is_dir() and any(output.iterdir()) and not force:
-        raise UsageError(f"{output}: the directory is not empty; --force replaces a set in it, or name another with -o")
+        raise UsageError(
+            f"{output}: the directory is not empty", remedy="--force replaces a set in it, or name another with -o"
+        )
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -6,17 +6,61 @@ interrupted after a clean save, run again to go on.
 
 import errno
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 class PipelineError(Exception):
     """Something in the world stands in the way: the source, the disk, the result. Its text is for the user.
 
-    `kind` is a word for programs that must decide what to do next, such as a batch.
+    What is wrong and what to do about it are kept apart, so that no program needs to take a sentence to pieces.
+    ``str(error)`` is both, as the command line prints them: ``message; remedy``.
+
+    `kind` is the code of an error, for programs that must decide what to do next, such as a batch run. Codes are
+    stable:
+
+    ============= ====================================================================================
+    failed        nothing more precise is known
+    recipe        the recipe or the command line asks for what cannot be (exit status 2)
+    source        the checkpoint cannot be used as it is
+    disk          there is too little space now
+    too large     the drive or the memory of this machine can never hold it
+    out of memory memory of the host or of the GPU ran out
+    verification  the result is complete and fails verification
+    crashed       a GPU failed
+    busy          another process works on the same output
+    interrupted   a signal asked for an end; everything finished is saved (exit status 75)
+    ============= ====================================================================================
+
+    Attributes:
+        message: what is wrong, a sentence, or several lines.
+        remedy: what to do; None where the message has no advice, or has it in its middle.
+        lines: what was added later; see `add_line`.
     """
 
     exit_status = 1
     kind = "failed"
+    _joint = "; "  # between message and remedy
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(*((message,) if remedy is None else (message, remedy)))
+        self.message, self.remedy = message, remedy
+        self.lines: tuple[str, ...] = ()
+
+    def add_line(self, line: str) -> None:
+        """Put a line below the text, e.g. what became of the files that the work left."""
+        self.lines += (line,)
+
+    def __str__(self) -> str:
+        text = self.message if self.remedy is None else f"{self.message}{self._joint}{self.remedy}"
+        return "\n".join((text, *self.lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by state: subclasses have arguments of their own, which `args` does not hold."""
+        return _without_init, (type(self), self.args), self.__dict__
+
+
+def _without_init(kind: type[PipelineError], args: tuple[Any, ...]) -> PipelineError:
+    return kind.__new__(kind, *args)
 
 
 class UsageError(PipelineError):
@@ -29,13 +73,17 @@ class UsageError(PipelineError):
 class OtherRun(UsageError):
     """What stands at the output, or is begun there, belongs to a run of another identity.
 
+    The message has a line for each difference; the remedy stands on a line of its own.
+
     Attributes:
         fields: of the identity that differ.
         begun: it is unfinished work, not a published result.
     """
 
-    def __init__(self, text: str, fields: frozenset[str], begun: bool) -> None:
-        super().__init__(text)
+    _joint = "\n"
+
+    def __init__(self, message: str, fields: frozenset[str], begun: bool, remedy: str | None = None) -> None:
+        super().__init__(message, remedy)
         self.fields, self.begun = fields, begun
 
 
@@ -101,11 +149,24 @@ def is_device_fault(error: BaseException) -> bool:
 
 
 def from_os_error(error: OSError, doing: str) -> PipelineError:
-    """What the system raised, as one of ours; see `explain_os_error`."""
-    text = explain_os_error(error, doing)
+    """What the system raised, as one of ours: what failed, where, and what to do about it.
+
+    Args:
+        error: as the system raised it.
+        doing: what was under way, e.g. ``"writing /nvme/out.partial"``.
+    """
+    where = f" ({error.filename})" if error.filename else ""
+    why = f"{doing}{where}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(text)
-    return OutOfMemory(text) if error.errno == errno.ENOMEM else PipelineError(text)
+        return DiskFull(
+            f"the disk is full while {doing}{where}", remedy="free some space and run the same command again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PipelineError(f"no permission while {why}", remedy="choose a directory you may write to")
+    if error.errno == errno.EIO:
+        return PipelineError(f"the device failed while {why}", remedy="check the drive, then run again")
+    kind = OutOfMemory if error.errno == errno.ENOMEM else PipelineError
+    return kind(f"{doing} failed{where}: {error.strerror or error}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -116,23 +177,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if "OutOfMemoryError" in names:
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY)
-
-
-def explain_os_error(error: OSError, doing: str) -> str:
-    """One line that says what failed, where, and what to do about it.
-
-    Args:
-        error: as the system raised it.
-        doing: what was under way, e.g. ``"writing /nvme/out.partial"``.
-    """
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full while {doing}{where}; free some space and run the same command again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission while {doing}{where}: {error.strerror}; choose a directory you may write to"
-    if error.errno == errno.EIO:
-        return f"the device failed while {doing}{where}: {error.strerror}; check the drive, then run again"
-    return f"{doing} failed{where}: {error.strerror or error}"
 
 
 T = TypeVar("T")
@@ -157,8 +201,8 @@ def attempt(doing: str, call: Callable[[], T]) -> T:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"memory ran out while {doing} ({first_line(error)}); free some, or lower calibration.batch_tokens, "
-            "runtime.threads or runtime.device_memory"
+            f"memory ran out while {doing} ({first_line(error)})",
+            remedy="free some, or lower calibration.batch_tokens, runtime.threads or runtime.device_memory",
         ) from None
 
 

@@ -187,7 +187,7 @@ def _lock(partial: Path) -> int:
         same = False
     if not same:
         os.close(lock)
-        raise Busy(f"{partial}: another run is writing here; wait for it, or choose another output")
+        raise Busy(f"{partial}: another run is writing here", remedy="wait for it, or choose another output")
     return lock
 
 
@@ -214,13 +214,13 @@ def _empty(partial: Path) -> None:
 def _refuse_strangers(partial: Path) -> None:
     """Before anything is touched: a directory of this name that no run of ours made."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise UsageError(f"{partial}: it is a link or a file, not a directory of ours; move it away")
+        raise UsageError(f"{partial}: it is a link or a file, not a directory of ours", remedy="move it away")
     if not partial.exists() or (partial / LOCK).exists() or (partial / JOURNAL).exists():
         return
     strange = sorted(path.name for path in partial.iterdir() if path.name != "quantize" or any(path.iterdir()))
     if strange:
         raise UsageError(
-            f"{partial}: it holds {strange[0]}, but no journal of ours; move it away, or choose another output"
+            f"{partial}: it holds {strange[0]}, but no journal of ours", remedy="move it away, or choose another output"
         )
 
 
@@ -239,14 +239,14 @@ def _read(path: Path, identity: dict[str, Any], partial: Path) -> State:
         found = json.loads(lines[0])["identity"]
         state = _parse(lines[1:])
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path}: the journal is damaged; start over with --fresh") from None
+        raise UsageError(f"{path}: the journal is damaged", remedy="start over with --fresh") from None
     if found != identity:
         changed = "\n".join(f"  {line}" for line in differences(found, identity))
         raise OtherRun(
-            f"{partial}: another run began this; it differs in\n{changed}\nrun that recipe again to go on with it, "
-            "choose another output, or start over with --fresh",
+            f"{partial}: another run began this; it differs in\n{changed}",
             differing(found, identity),
             begun=True,
+            remedy="run that recipe again to go on with it, choose another output, or start over with --fresh",
         )
     return state
 

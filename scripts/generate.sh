@@ -13,3 +13,4 @@ for name, recipe in shipped().items():
 PY
 "$python" -m pipeline schema >recipes/recipe.schema.json
 "$python" -m pipeline.recipe.reference >docs/recipe.md
+"$python" -c 'from pipeline.doctor.finding import codes_page; print(codes_page(), end="")' >docs/doctor-codes.md

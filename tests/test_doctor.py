@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,12 @@ import pytest
 
 from pipeline import doctor
 from pipeline.doctor import libraries
+from pipeline.doctor.finding import CODES, codes_page
 from pipeline.errors import UsageError
 from pipeline.machine.system import System
 from pipeline.recipe import recipe
 from pipeline.vllm_env.environment import VARIABLE
+from tests.conftest import ROOT
 from tests.machines import GIB, Machine, says
 
 # --- healthy -----------------------------------------------------------------------------------------
@@ -47,10 +51,28 @@ def test_a_healthy_machine_is_fit(machine: Machine, recipe_of: Any) -> None:
 def test_as_json(machine: Machine, recipe_of: Any) -> None:
     found = json.loads(json.dumps(doctor.as_json(machine.findings(recipe_of()))))
     assert found["fit"] is True and found["unfit"] == found["warning"] == 0
-    assert {"area", "status", "text", "remedy"} == set(found["findings"][0])
+    assert {"code", "area", "status", "text", "remedy"} == set(found["findings"][0])
+    assert all(finding["code"] in CODES for finding in found["findings"])
     machine.memory(total=GIB // 100, free=GIB // 100)
     found = doctor.as_json(machine.findings(recipe_of()))
     assert found["fit"] is False and found["unfit"] == 1
+
+
+def test_every_finding_has_a_code_of_the_table() -> None:
+    used = set()
+    for path in (ROOT / "pipeline/doctor").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding":
+                code = node.args[0]
+                for choice in (code.body, code.orelse) if isinstance(code, ast.IfExp) else (code,):
+                    assert isinstance(choice, ast.Constant), (path, node.lineno)
+                    used.add(choice.value)
+    assert used == set(CODES)
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", code) for code in CODES)
+
+
+def test_the_page_of_codes_is_current() -> None:
+    assert (ROOT / "docs/doctor-codes.md").read_text() == codes_page(), "run: bash scripts/generate.sh"
 
 
 def test_shown(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

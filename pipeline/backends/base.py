@@ -125,8 +125,8 @@ def cache_scales(attention: str, ranges: Ranges) -> dict[str, float]:
         amax = ranges.attention.get(key, math.nan)
         if not math.isfinite(amax):
             raise CalibrationError(
-                f"{attention}: the {word} reach {amax}, which gives no scale for the KV cache; is the checkpoint "
-                "damaged? Set kv_cache: none to leave it in BF16"
+                f"{attention}: the {word} reach {amax}, which gives no scale for the KV cache",
+                remedy="is the checkpoint damaged? Set kv_cache: none to leave it in BF16",
             )
         if amax == 0:
             ranges.notes.append(f"{attention}: the {word} are zero throughout; their scale is 1.0")

@@ -183,8 +183,8 @@ class ModelOptFP8:
             )
             if not on:
                 raise CalibrationError(
-                    f"{tensor}: ModelOpt puts no quantizer on {path} ({type(module).__name__}); put it into ignore, or "
-                    "choose backend: llmcompressor"
+                    f"{tensor}: ModelOpt puts no quantizer on {path} ({type(module).__name__})",
+                    remedy="put it into ignore, or choose backend: llmcompressor",
                 )
 
     def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
@@ -262,8 +262,8 @@ class ModelOptFP8:
         for value, word in ((amax, "the weight"), (_amax(inputs), "the input")):
             if not math.isfinite(value) or (value == 0 and self.exact):
                 raise CalibrationError(
-                    f"{name}: {word} reaches {value}, which gives no scale; is the checkpoint damaged? To keep this "
-                    "module in BF16 name it in ignore"
+                    f"{name}: {word} reaches {value}, which gives no scale",
+                    remedy="is the checkpoint damaged? To keep this module in BF16 name it in ignore",
                 )
             if value == 0:
                 ranges.notes.append(f"{name}: {word} is zero throughout; its scale is 1.0")

@@ -97,13 +97,13 @@ def tokenize(texts: Iterable[str], root: Path, template: str) -> list[list[int]]
     texts = list(texts)
     if template == "chat":
         if not tokenizer.chat_template:
-            raise SourceError(f"{root}: there is no chat template; use calibration.template: raw")
+            raise SourceError(f"{root}: there is no chat template", remedy="use calibration.template: raw")
         sequences = [_chat(tokenizer, text, root) for text in texts]
     else:
         sequences = tokenizer(texts, verbose=False).input_ids
     for text, ids in zip(texts, sequences, strict=True):
         if not ids:
-            raise SourceError(f"{root}: the tokenizer makes no token of {text[:60]!r}; is it this model's?")
+            raise SourceError(f"{root}: the tokenizer makes no token of {text[:60]!r}", remedy="is it this model's?")
     return [list(ids) for ids in sequences]
 
 
@@ -118,8 +118,8 @@ def _chat(tokenizer: Any, text: str, root: Path) -> list[int]:
         except Exception as error:  # templates raise what they like; the other form of content may be the right one
             last = error
     raise SourceError(
-        f"{root}: the chat template does not take a caption ({_first_line(last) if last else 'the text is lost'}); "
-        "use calibration.template: raw"
+        f"{root}: the chat template does not take a caption ({_first_line(last) if last else 'the text is lost'})",
+        remedy="use calibration.template: raw",
     )
 
 

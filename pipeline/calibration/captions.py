@@ -190,8 +190,8 @@ def choose(
             raise UsageError(f"{origin}: no captions in it ({len(captions):,} read: {dropped})")
         raise UsageError(
             f"{origin}: {len(kept):,} captions to choose from, {keys[0]} asks for {samples:,} "
-            f"({len(captions):,} read, dropped: {dropped}); lower {keys[0]} to {len(kept)}"
-            + (f", or raise {keys[1]}" if over else "")
+            f"({len(captions):,} read, dropped: {dropped})",
+            remedy=f"lower {keys[0]} to {len(kept)}" + (f", or raise {keys[1]}" if over else ""),
         )
     return Choice(tuple(kept[:samples]), len(captions), empty, duplicates, over)
 
@@ -227,8 +227,9 @@ def read_source(name: str) -> Source:
         raise UsageError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
     if not HUB_ID.fullmatch(name):
         raise UsageError(
-            f"calibration.captions: {name!r} is no file or directory; allowed: coco2017, embedded, a path to .json "
-            "(COCO annotations), .jsonl or .txt, a directory, or a hub id (org/name)"
+            f"calibration.captions: {name!r} is no file or directory",
+            remedy="allowed: coco2017, embedded, a path to .json (COCO annotations), .jsonl or .txt, a directory, or "
+            "a hub id (org/name)",
         )
     return _read_hub(name)
 
@@ -247,7 +248,7 @@ def _read_coco2017() -> Source:
     if named := os.environ.get("COCO_CAPTIONS"):
         names = [name for name in named.split(os.pathsep) if name]
         if "coco2017" in names:
-            raise UsageError("COCO_CAPTIONS: it names paths, and coco2017 is what it stands for; unset it")
+            raise UsageError("COCO_CAPTIONS: it names paths, and coco2017 is what it stands for", remedy="unset it")
         try:
             return read_sources(names)
         except UsageError as error:
@@ -268,22 +269,24 @@ def _read_file(path: Path, expected: str | None = None) -> Source:
     readers = {".json": _parse_coco, ".jsonl": _parse_lines, ".txt": _parse_text}
     parse = readers.get(path.suffix.lower())
     if parse is None or not path.is_file():
-        unpack = "; unpack it first" if path.suffix.lower() in (".zip", ".gz", ".tgz", ".xz") else ""
+        unpack = "unpack it first" if path.suffix.lower() in (".zip", ".gz", ".tgz", ".xz") else None
         raise UsageError(
-            f"{path}: captions come as .json (COCO annotations), .jsonl, .txt or a directory, not like this{unpack}"
+            f"{path}: captions come as .json (COCO annotations), .jsonl, .txt or a directory, not like this",
+            remedy=unpack,
         )
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if expected not in (None, digest):
         raise UsageError(
-            f"{path}: its SHA-256 is not the one in {SET_MANIFEST}: the set was changed or is damaged; {BUILD_AGAIN}"
+            f"{path}: its SHA-256 is not the one in {SET_MANIFEST}: the set was changed or is damaged",
+            remedy=BUILD_AGAIN,
         )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UsageError(
-            f"{path}:{line}: byte {error.start} of the file is not UTF-8; save the captions as UTF-8"
+            f"{path}:{line}: byte {error.start} of the file is not UTF-8", remedy="save the captions as UTF-8"
         ) from None
     if not text.strip():
         raise UsageError(f"{path}: the file is empty; no captions in it")
@@ -310,7 +313,7 @@ def _parse_coco(text: str, path: Path) -> tuple[list[Caption], tuple[Terms, ...]
         caption, image = (row.get("caption"), row.get("image_id")) if isinstance(row, dict) else (None, None)
         if not isinstance(caption, str) or (type(image) is not int and not isinstance(image, str)):
             raise UsageError(
-                f"{path}: annotations[{index}] is {_described(row)}; {expected}; is it a captions_*.json file?"
+                f"{path}: annotations[{index}] is {_described(row)}; {expected}", remedy="is it a captions_*.json file?"
             )
         captions.append(Caption(image if isinstance(image, int) else normalize(image) or None, caption))
     info = value.get("info")
@@ -338,7 +341,9 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: this is not JSON ({error}); is it the right file, and is it whole?") from None
+        raise UsageError(
+            f"{where}: this is not JSON ({error})", remedy="is it the right file, and is it whole?"
+        ) from None
 
 
 def _of_row(row: Mapping[str, Any], where: str) -> Iterator[Caption]:
@@ -407,13 +412,13 @@ def _read_built(path: Path) -> Source:
     """A set that `python -m calib_data` made, after a look at whether it is still what was made."""
     for name in (SET_CAPTIONS, SET_MANIFEST):
         if not (path / name).is_file():
-            raise UsageError(f"{path}: there is no {name} in this set of captions; {BUILD_AGAIN}")
+            raise UsageError(f"{path}: there is no {name} in this set of captions", remedy=BUILD_AGAIN)
     where = path / SET_MANIFEST
     try:
         manifest = _parse_json(where.read_text(encoding="utf-8"), str(where))
         expected, known = manifest["captions"]["sha256"], [manifest.get(key) for key in ("licence", "attribution")]
     except (UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{where}: this is not the manifest of a set of captions; {BUILD_AGAIN}") from None
+        raise UsageError(f"{where}: this is not the manifest of a set of captions", remedy=BUILD_AGAIN) from None
     source = _read_file(path / SET_CAPTIONS, str(expected))
     terms = (Terms(*known),) if all(isinstance(text, str) for text in known) else ()
     return Source(source.captions, source.files, terms)
@@ -439,7 +444,7 @@ def _read_dataset(function: str, where: str, name: str, remedy: str) -> Source:
     except Exception as error:  # datasets, its readers and its HTTP client raise what they like
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         said = " ".join(str(cause or error).split())[:200] or type(error).__name__
-        raise UsageError(f"{where}: datasets cannot load it ({said}); {remedy}") from None
+        raise UsageError(f"{where}: datasets cannot load it ({said})", remedy=remedy) from None
     if not captions:
         raise UsageError(f"{where}: no captions in it")
     digest = hashlib.sha256()
@@ -452,8 +457,10 @@ def _of_dataset(dataset: Any, where: str) -> Iterator[Caption]:
     columns = [column for column in (*CAPTION_KEYS, *IMAGE_KEYS) if column in dataset.column_names]
     if not set(columns) & set(CAPTION_KEYS):
         found = ", ".join(dataset.column_names[:12])
-        coco = "; for COCO annotations name the .json file itself" if "annotations" in dataset.column_names else ""
-        raise UsageError(f"{where}: found the columns {found}; expected is one of: {', '.join(CAPTION_KEYS)}{coco}")
+        coco = "for COCO annotations name the .json file itself" if "annotations" in dataset.column_names else None
+        raise UsageError(
+            f"{where}: found the columns {found}; expected is one of: {', '.join(CAPTION_KEYS)}", remedy=coco
+        )
     number = 0
     for batch in dataset.select_columns(columns).with_format(None).iter(1000):  # no pictures are decoded
         for values in zip(*(batch[column] for column in columns), strict=True):

@@ -94,7 +94,7 @@ def choose_device(wanted: str, limit: int | None = None) -> Device:
     if wanted == "cuda" and not usable:
         built = torch.version.cuda
         reason = f"torch {torch.__version__} is a CPU build" if built is None else "torch finds no GPU or driver"
-        raise UsageError(f"runtime.device: cuda: {reason}; use device: cpu, or auto")
+        raise UsageError(f"runtime.device: cuda: {reason}", remedy="use device: cpu, or auto")
     if wanted in ("auto", "cuda") and usable:
         index = torch.cuda.current_device()
         free, total = torch.cuda.mem_get_info(index)
@@ -139,14 +139,15 @@ def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple
     """
     size = f"{needs.hidden / 1e6:,.0f} MB"
     if wanted == "device" and device.kind == "cpu":
-        raise UsageError("runtime.hidden_states: device: there is no GPU in this run; use host, file or auto")
+        raise UsageError("runtime.hidden_states: device: there is no GPU in this run", remedy="use host, file or auto")
     host = available_memory()
     if device.kind == "cuda":
         room = int(device.free * SHARE) - DEVICE_BASE - needs.compute
         if room < 0:
             raise OutOfMemory(
                 f"{device.name}: a layer needs {(needs.compute + DEVICE_BASE) / 1e9:.1f} GB of device memory, "
-                f"{device.free / 1e9:.1f} GB are free; free some, or use runtime.device: cpu"
+                f"{device.free / 1e9:.1f} GB are free",
+                remedy="free some, or use runtime.device: cpu",
             )
         if wanted == "device" or (wanted == "auto" and needs.hidden <= room):
             return "device", f"{size} of hidden states on the GPU"
@@ -157,8 +158,8 @@ def choose_place(wanted: str, device: Device, needs: Needs, work: Path) -> tuple
     space = drive_space(work)
     if space.free < needs.hidden:
         raise DiskFull(
-            f"{space.directory}: {space.free / 1e9:.1f} GB free, {needs.hidden / 1e9:.1f} GB needed for hidden states; "
-            "free some, set runtime.work_directory, or lower calibration.samples"
+            f"{space.directory}: {space.free / 1e9:.1f} GB free, {needs.hidden / 1e9:.1f} GB needed for hidden states",
+            remedy="free some, set runtime.work_directory, or lower calibration.samples",
         )
     why = "asked for" if wanted == "file" else f"{host / 1e9:.1f} GB of memory are too few"
     return "file", f"{size} of hidden states in a file in {space.directory} ({why})"

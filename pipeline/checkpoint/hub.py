@@ -57,8 +57,8 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> Checkpoint
     commit = root.name
     if not (root / "config.json").exists():
         raise SourceError(
-            f"{name}: no config.json in the cache or on the hub at revision {revision or 'main'}; "
-            "is it a model for transformers, and is HF_HUB_OFFLINE set before a first download?"
+            f"{name}: no config.json in the cache or on the hub at revision {revision or 'main'}",
+            remedy="is it a model for transformers, and is HF_HUB_OFFLINE set before a first download?",
         )
     shards = _wanted_shards(name, root, commit)
     if any(not (root / shard).exists() for shard in shards):
@@ -68,8 +68,8 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> Checkpoint
         absent = [shard for shard in shards if not (root / shard).exists()]
         if absent:
             raise SourceError(
-                f"{name}: {absent[0]} is not in the cache and cannot be fetched; "
-                "unset HF_HUB_OFFLINE or complete the cache"
+                f"{name}: {absent[0]} is not in the cache and cannot be fetched",
+                remedy="unset HF_HUB_OFFLINE or complete the cache",
             )
     return open_checkpoint(root, name, commit, SMALL_FILES)
 
@@ -100,7 +100,7 @@ def _wanted_shards(name: str, root: Path, commit: str) -> dict[str, set[str] | N
     if (root / "model.safetensors").exists():
         return alone
     if (root / "pytorch_model.bin.index.json").exists() or (root / "pytorch_model.bin").exists():
-        raise SourceError(f"{name}: {source.PICKLE_WAY_OUT}")
+        raise SourceError(f"{name}: {source.PICKLES_REFUSED}", remedy=source.PICKLE_WAY_OUT)
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -110,7 +110,7 @@ def _wanted_shards(name: str, root: Path, commit: str) -> dict[str, set[str] | N
     top = [file for file in files if "/" not in file]
     if "model.safetensors" not in top:
         if any(file.endswith(source.PICKLE_SUFFIXES) for file in top):
-            raise SourceError(f"{name}: {source.PICKLE_WAY_OUT}")
+            raise SourceError(f"{name}: {source.PICKLES_REFUSED}", remedy=source.PICKLE_WAY_OUT)
         raise SourceError(f"{name}: neither {source.INDEX} nor model.safetensors is on the hub at {commit}")
     return alone
 
@@ -162,15 +162,19 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except GatedRepoError:
-        raise SourceError(f"{name}: the model is gated; accept its terms on the hub and set HF_TOKEN") from None
+        raise SourceError(
+            f"{name}: the model is gated", remedy="accept its terms on the hub and set HF_TOKEN"
+        ) from None
     except RevisionNotFoundError:
-        raise SourceError(f"{name}: there is no revision {revision}; see the model's page for its branches") from None
+        raise SourceError(
+            f"{name}: there is no revision {revision}", remedy="see the model's page for its branches"
+        ) from None
     except RepositoryNotFoundError:
-        raise SourceError(f"{name}: not on the hub, or private; check the name, or set HF_TOKEN") from None
+        raise SourceError(f"{name}: not on the hub, or private", remedy="check the name, or set HF_TOKEN") from None
     except LocalEntryNotFoundError:
         raise SourceError(
-            f"{name}: not in the cache, and the hub cannot be reached; connect, unset HF_HUB_OFFLINE, "
-            "or name a directory as model.source"
+            f"{name}: not in the cache, and the hub cannot be reached",
+            remedy="connect, unset HF_HUB_OFFLINE, or name a directory as model.source",
         ) from None
     except HFValidationError as error:
         raise UsageError(f"model.source: {' '.join(str(error).split())}") from None

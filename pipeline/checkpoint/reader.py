@@ -26,10 +26,11 @@ def refuse_changed(shard: Shard) -> None:
     try:
         status = os.stat(shard.path)
     except OSError as error:
-        raise SourceError(f"{shard.path}: it is gone: {error.strerror}; restore it, then run again") from None
+        raise SourceError(f"{shard.path}: it is gone: {error.strerror}", remedy="restore it, then run again") from None
     if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
         raise SourceError(
-            f"{shard.path}: the file changed since the plan was made; let it settle, then start over with --fresh"
+            f"{shard.path}: the file changed since the plan was made",
+            remedy="let it settle, then start over with --fresh",
         )
 
 
@@ -45,9 +46,13 @@ def read_exactly(file: int, shard: Shard, tensor: str, offset: int, into: memory
         try:
             count = os.preadv(file, [into], offset)
         except OSError as error:
-            raise SourceError(f"{shard.path}: reading {tensor} failed: {error.strerror}; check the drive") from None
+            raise SourceError(
+                f"{shard.path}: reading {tensor} failed: {error.strerror}", remedy="check the drive"
+            ) from None
         if count == 0:
-            raise SourceError(f"{shard.path}: the file ends at byte {offset:,}, inside {tensor}; fetch it again")
+            raise SourceError(
+                f"{shard.path}: the file ends at byte {offset:,}, inside {tensor}", remedy="fetch it again"
+            )
         into, offset = into[count:], offset + count
 
 

@@ -135,7 +135,9 @@ def add_shard(tensors: dict[str, Tensor], found: dict[str, Tensor], where: str, 
         if extra := sorted(found.keys() - expected):
             raise SourceError(f"{where}: {extra[0]} (and {len(extra) - 1} more) is in the file but not in the index")
     if twice := sorted(found.keys() & tensors.keys()):
-        raise SourceError(f"{where}: tensor {twice[0]} is in another shard as well; remove one of the two files")
+        raise SourceError(
+            f"{where}: tensor {twice[0]} is in another shard as well", remedy="remove one of the two files"
+        )
     tensors.update(found)
 
 
@@ -146,11 +148,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: byte {error.start} is not UTF-8; the file is damaged, fetch it again") from None
+        raise SourceError(
+            f"{path}: byte {error.start} is not UTF-8", remedy="the file is damaged, fetch it again"
+        ) from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise SourceError(f"{path}: this is not JSON ({error}); the file is damaged, fetch it again") from None
+        raise SourceError(f"{path}: this is not JSON ({error})", remedy="the file is damaged, fetch it again") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path}: a JSON object is expected, found {type(value).__name__}")
     return value
@@ -174,23 +178,26 @@ def parse_index(path: Path) -> dict[str, set[str]]:
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path}: it has no weight_map; fetch the index again")
+        raise SourceError(f"{path}: it has no weight_map", remedy="fetch the index again")
     shards: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise SourceError(
-                f"{path}: {tensor} is said to be in {name!r}, which is not a file of this directory; "
-                "do not trust this checkpoint, fetch the index again"
+                f"{path}: {tensor} is said to be in {name!r}, which is not a file of this directory",
+                remedy="do not trust this checkpoint, fetch the index again",
             )
         if not name.endswith(".safetensors"):
-            raise SourceError(f"{path}: {tensor} is in {name}, which is not a safetensors file; {PICKLE_WAY_OUT}")
+            raise SourceError(
+                f"{path}: {tensor} is in {name}, which is not a safetensors file; {PICKLES_REFUSED}",
+                remedy=PICKLE_WAY_OUT,
+            )
         shards.setdefault(name, set()).add(tensor)
     return {name: shards[name] for name in sorted(shards)}
 
 
+PICKLES_REFUSED = "pickled weights can run code when they are loaded and are refused"
 PICKLE_WAY_OUT = (
-    "pickled weights can run code when they are loaded and are refused; convert them once where you trust them: "
-    "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+    "convert them once where you trust them: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
 )
 
 
@@ -201,25 +208,29 @@ def _shard_names(root: Path) -> dict[str, set[str] | None]:
         if not present:
             pickles = sorted(p.name for p in root.iterdir() if p.suffix in PICKLE_SUFFIXES)
             if pickles:
-                raise SourceError(f"{root}: the weights are pickles ({pickles[0]}): {PICKLE_WAY_OUT}")
-            raise SourceError(f"{root}: there are no .safetensors files; is the download complete?")
+                raise SourceError(
+                    f"{root}: the weights are pickles ({pickles[0]}): {PICKLES_REFUSED}", remedy=PICKLE_WAY_OUT
+                )
+            raise SourceError(f"{root}: there are no .safetensors files", remedy="is the download complete?")
         if len(present) > 1:
             listed = f"{', '.join(present[:3])}{', ...' if len(present) > 3 else ''}"
-            raise SourceError(f"{root}: {len(present)} shards ({listed}) but no {INDEX}; fetch the index as well")
+            raise SourceError(
+                f"{root}: {len(present)} shards ({listed}) but no {INDEX}", remedy="fetch the index as well"
+            )
         return {present[0]: None}
     indexed = parse_index(index)
     missing = [name for name in indexed if name not in present]
     if missing:
         raise SourceError(
-            f"{root}: the index names {len(missing)} shard(s) that are not there, first {missing[0]}; "
-            "complete the download"
+            f"{root}: the index names {len(missing)} shard(s) that are not there, first {missing[0]}",
+            remedy="complete the download",
         )
     extra = [name for name in present if name not in indexed]
     if extra:
         twice = " (Mistral's own format: the same weights once more)" if extra[0].startswith("consolidated") else ""
         raise SourceError(
-            f"{root}: {', '.join(extra[:3])}{twice} is not in {INDEX}; servers may load it too: "
-            "move it away, or name a directory without it"
+            f"{root}: {', '.join(extra[:3])}{twice} is not in {INDEX}",
+            remedy="servers may load it too: move it away, or name a directory without it",
         )
     return dict(indexed)
 
@@ -250,12 +261,12 @@ def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shar
 def header_length(start: bytes, size: int, where: str) -> int:
     """The length of the JSON header, from the first bytes of a file of `size` bytes."""
     if len(start) < 8:
-        raise SourceError(f"{where}: the file has {size} bytes, no safetensors header; fetch it again")
+        raise SourceError(f"{where}: the file has {size} bytes, no safetensors header", remedy="fetch it again")
     length = int.from_bytes(start[:8], "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise SourceError(
-            f"{where}: the header claims {length:,} bytes in a file of {size:,}; the file is damaged or truncated, "
-            "fetch it again"
+            f"{where}: the header claims {length:,} bytes in a file of {size:,}",
+            remedy="the file is damaged or truncated, fetch it again",
         )
     return length
 
@@ -313,10 +324,10 @@ def parse_header(raw: bytes, where: str, size: int, position: int) -> dict[str, 
         expected += tensor.nbytes
     if expected > size:
         raise SourceError(
-            f"{where}: the file ends after {size:,} of {expected:,} bytes; it is truncated, fetch it again"
+            f"{where}: the file ends after {size:,} of {expected:,} bytes", remedy="it is truncated, fetch it again"
         )
     if expected < size:
-        raise SourceError(f"{where}: {size - expected:,} bytes follow the last tensor; fetch the file again")
+        raise SourceError(f"{where}: {size - expected:,} bytes follow the last tensor", remedy="fetch the file again")
     return {tensor.name: tensor for tensor in entries}
 
 

@@ -161,12 +161,13 @@ def publish(partial: Path, output: Path, replace: bool) -> bool:
     exchanged = output.exists()
     if exchanged:
         if not replace:
-            raise PipelineError(f"{output}: it appeared while this run was under way; move it, then run again")
+            raise PipelineError(f"{output}: it appeared while this run was under way", remedy="move it, then run again")
         exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         if exchange is None or exchange(here, os.fsencode(partial), here, os.fsencode(output), swap) != 0:
             raise PipelineError(
-                f"{output}: this file system cannot exchange two directories in one step; remove {output}, run again"
+                f"{output}: this file system cannot exchange two directories in one step",
+                remedy=f"remove {output}, run again",
             )
     else:
         os.rename(partial, output)

@@ -110,7 +110,7 @@ def _plan(system: System, recipe: Recipe) -> tuple[list[Finding], Plan | None]:
         cache = libraries.hub_cache(system)
         text = f"model.source: {name} is not in {cache}, and {by} keeps it from being fetched"
         remedy = f"unset {by}, or fetch it where there is a network: hf download {name}; or name a directory"
-        return [Finding("recipe", "unfit", text, remedy)], None
+        return [Finding("source-not-cached", "recipe", "unfit", text, remedy)], None
     try:
         plan = make_plan(recipe, hub.resolve(name, recipe.model.revision, headers_only=True))
     except PipelineError as error:
@@ -118,15 +118,20 @@ def _plan(system: System, recipe: Recipe) -> tuple[list[Finding], Plan | None]:
     except Exception as error:  # a library that does not import is what one asks a doctor about
         line = (str(error).strip().splitlines() or [""])[0]
         text = f"the plan cannot be made: {type(error).__name__}: {line}"
-        return [Finding("recipe", "unfit", text, "mend the installation: bash scripts/setup.sh")], None
+        return [Finding("plan-broken", "recipe", "unfit", text, "mend the installation: bash scripts/setup.sh")], None
     text = (
         f"{plan.checkpoint.label}: {size_text(plan.checkpoint.nbytes)} become {size_text(plan.output_nbytes)} in "
         f"{places(recipe.output)[0]}, memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"
     )
-    found = [Finding("recipe", "ok", text)]
+    found = [Finding("plan-made", "recipe", "ok", text)]
     if plan.calibration is not None:
         found.append(
-            Finding("recipe", "ok", f"layers run on {plan.calibration.device.why}; {plan.calibration.place_why}")
+            Finding(
+                "layers-placed",
+                "recipe",
+                "ok",
+                f"layers run on {plan.calibration.device.why}; {plan.calibration.place_why}",
+            )
         )
     return found, plan
 
@@ -135,13 +140,12 @@ def _refusals(plan: Plan) -> Iterator[Finding]:
     """What the run itself would refuse before its first byte."""
     try:
         if preflight(plan):
-            yield Finding("recipe", "note", f"{places(plan.recipe.output)[0]}: done already, by an identical run")
+            yield Finding(
+                "already-done", "recipe", "note", f"{places(plan.recipe.output)[0]}: done already, by an identical run"
+            )
     except PipelineError as error:
         yield from _of_error(error)
 
 
 def _of_error(error: PipelineError) -> Iterator[Finding]:
-    """An error's text says what is wrong, then, behind a semicolon or in its last line, what to do."""
-    text = str(error)
-    what, _, remedy = text.rpartition("\n") if "\n" in text else text.partition("; ")
-    yield Finding("recipe", "unfit", *((what, remedy) if what and remedy else (text, None)))
+    yield Finding("run-refused", "recipe", "unfit", error.message, error.remedy)

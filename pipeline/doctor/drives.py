@@ -72,22 +72,42 @@ def kind_findings(system: System, table: Sequence[Mount], use: Use) -> Iterator[
     there = existing(use.path)
     mount = mount_of(table, use.path)
     if mount is None:
-        yield Finding(use.area, "note", f"{use.path}: /proc/self/mountinfo does not say what it lies on")
+        yield Finding(
+            "drive-unknown", use.area, "note", f"{use.path}: /proc/self/mountinfo does not say what it lies on"
+        )
         return
     kind = mount.kind.removeprefix("fuse.")
     if "ro" in mount.options and use.writes:
-        yield Finding(use.area, "unfit", f"{use.path}: {mount.point} is mounted read-only", f"choose another {use.key}")
+        yield Finding(
+            "drive-readonly",
+            use.area,
+            "unfit",
+            f"{use.path}: {mount.point} is mounted read-only",
+            f"choose another {use.key}",
+        )
         return
     if use.writes and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         why = "is no directory" if not there.is_dir() else "may not be written by this user"
-        yield Finding(use.area, "unfit", f"{use.path}: {there} {why}", f"choose another {use.key}, or mend that")
+        yield Finding(
+            "place-not-writable",
+            use.area,
+            "unfit",
+            f"{use.path}: {there} {why}",
+            f"choose another {use.key}, or mend that",
+        )
         return
     free = drive_space(there).free
     what = f"{use.path}: {kind} at {mount.point}, {size_text(free)} free"
     if use.needs is not None:
         what += f", {size_text(use.needs)} needed"
         if use.needs > free:
-            yield Finding(use.area, "unfit", what, f"free {size_text(use.needs - free)}, or choose another {use.key}")
+            yield Finding(
+                "drive-short",
+                use.area,
+                "unfit",
+                what,
+                f"free {size_text(use.needs - free)}, or choose another {use.key}",
+            )
             return
     yield _kind(system, mount, kind, what, use)
 
@@ -97,6 +117,7 @@ def _kind(system: System, mount: Mount, kind: str, what: str, use: Use) -> Findi
     local = f"choose a local drive (ext4, xfs) for {use.key}"
     if wsl(system) and kind in ("9p", "drvfs", "virtiofs"):
         return Finding(
+            "wsl-windows-drive",
             use.area,
             "warning",
             f"{what}: a Windows drive, which WSL reaches through a file server, many times slower",
@@ -106,7 +127,13 @@ def _kind(system: System, mount: Mount, kind: str, what: str, use: Use) -> Findi
         trouble = ": an object store, which may refuse writes at offsets, renames and locks" if use.writes else (
             ": an object store over the network, which sets the pace"
         )  # fmt: skip
-        return Finding(use.area, bad, what + trouble, f"{local}, and copy the result there" if use.writes else local)
+        return Finding(
+            "drive-object-store",
+            use.area,
+            bad,
+            what + trouble,
+            f"{local}, and copy the result there" if use.writes else local,
+        )
     if kind in NETWORK:
         trouble = (
             ": shared or over the network; its server decides about speed, locks and what a rename leaves visible"
@@ -114,20 +141,29 @@ def _kind(system: System, mount: Mount, kind: str, what: str, use: Use) -> Findi
             else ": shared or over the network, which sets the pace"
         )
         return Finding(
-            use.area, bad, what + trouble, f"{local}, and move the result afterwards" if use.writes else local
+            "drive-network",
+            use.area,
+            bad,
+            what + trouble,
+            f"{local}, and move the result afterwards" if use.writes else local,
         )
     if kind in WINDOWS:
         trouble = ": a Windows file system, slow from here"
         if kind in ("vfat", "msdos"):
             trouble = f": no file there can be longer than {size_text(SMALL_FILES)}"
             local += ", or set shard_size: 4GB"
-        return Finding(use.area, bad, what + trouble, local)
+        return Finding("windows-file-system", use.area, bad, what + trouble, local)
     if kind in MEMORY and use.writes:
         return Finding(
-            use.area, "warning", f"{what}: it lies in memory, takes it from the run, and ends with the machine", local
+            "drive-in-memory",
+            use.area,
+            "warning",
+            f"{what}: it lies in memory, takes it from the run, and ends with the machine",
+            local,
         )
     if kind == "overlay" and use.writes:
         return Finding(
+            "drive-container-layer",
             use.area,
             "warning",
             f"{what}: a container's own layer, slow, and gone with the container",
@@ -135,12 +171,13 @@ def _kind(system: System, mount: Mount, kind: str, what: str, use: Use) -> Findi
         )
     if spins(system, mount) and not re.match(r"/dev/(vd|xvd)", mount.source):
         return Finding(
+            "drive-spinning",
             use.area,
             "note",
             f"{what}: a spinning disk, which sets the pace",
             f"choose an SSD for {use.key}, if there is one",
         )
-    return Finding(use.area, "ok", what)
+    return Finding("drive-fit", use.area, "ok", what)
 
 
 # --- rates -------------------------------------------------------------------------------------------
@@ -156,10 +193,12 @@ def judge(use: Use, wrote: Rate | None, read: Rate, spinning: bool | None = None
     slowest = min(rate.speed for rate in (wrote, read) if rate is not None)
     if slowest < SLOW:
         kind = " (a spinning disk)" if spinning else ""
-        return Finding(use.area, "note", f"{text}{kind}; it sets the pace", f"choose a faster drive for {use.key}")
+        return Finding(
+            "drive-slow", use.area, "note", f"{text}{kind}; it sets the pace", f"choose a faster drive for {use.key}"
+        )
     if spinning and slowest > FASTER_THAN_SPINNING:
         text += "; it calls itself a spinning disk and is faster"
-    return Finding(use.area, "ok", text)
+    return Finding("drive-rate", use.area, "ok", text)
 
 
 def _means(nbytes: int | None, rate: Rate) -> str:
@@ -179,7 +218,12 @@ def rate_findings(system: System, table: Sequence[Mount], use: Use, shard: Path 
                 return
             free = drive_space(there).free
             if free < ROOM * SAMPLE:
-                yield Finding(use.area, "note", f"{there}: not measured, {size_text(free)} are too little room for it")
+                yield Finding(
+                    "drive-not-measured",
+                    use.area,
+                    "note",
+                    f"{there}: not measured, {size_text(free)} are too little room for it",
+                )
                 return
             yield judge(use, *measure_drive(there), spinning)
         elif shard is not None and shard.stat().st_size >= SMALLEST:
@@ -187,6 +231,7 @@ def rate_findings(system: System, table: Sequence[Mount], use: Use, shard: Path 
     except OSError as error:
         what = "written" if use.writes else f"read: {shard}"
         yield Finding(
+            "drive-failing",
             use.area,
             "unfit",
             f"{there}: it cannot be {what}: {error.strerror}",

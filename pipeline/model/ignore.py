@@ -32,8 +32,9 @@ def ignored_modules(checkpoint: Checkpoint, modules: dict[str, str], patterns: l
         if not any(matches(pattern, module) for module in everything):
             example = next(iter(modules))
             raise UsageError(
-                f"ignore: {pattern!r} matches no module of {checkpoint.label}; names are the checkpoint's own, e.g. "
-                f"{example}; globs (*.down_proj) and re: with a regular expression work too"
+                f"ignore: {pattern!r} matches no module of {checkpoint.label}",
+                remedy=f"names are the checkpoint's own, e.g. {example}; globs (*.down_proj) and re: with a regular "
+                "expression work too",
             )
     return [module for module in modules if any(matches(pattern, module) for pattern in patterns)]
 
@@ -56,7 +57,8 @@ def refuse_split_groups(modules: dict[str, str], ignored: list[str]) -> None:
             kept = [member for member in members if member not in gone]
             raise UsageError(
                 f"ignore: {_names(out)} of {parent} would stay BF16 while {_names(kept)} become FP8, but vLLM fuses "
-                f"them ({fused}); ignore all of them or none"
+                f"them ({fused})",
+                remedy="ignore all of them or none",
             )
 
 

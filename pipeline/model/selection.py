@@ -288,8 +288,8 @@ def _layer_role(tensor: Tensor, found: _LanguageModel) -> Role:
         return "experts"
     if len(shape) == 3 and (".experts" in name or shape[0] == found.experts):
         raise SourceError(
-            f"{name}: experts fused as {list(shape)}, a layout that is not known here; "
-            "save the model with one tensor an expert first"
+            f"{name}: experts fused as {list(shape)}, a layout that is not known here",
+            remedy="save the model with one tensor an expert first",
         )
     if not is_linear_shaped(tensor) or 0 in shape:
         return "other"
@@ -334,7 +334,9 @@ def _check_layers(checkpoint: Checkpoint, choices: dict[str, Choice], found: _La
             if kind < full:
                 lost = f"{stack}.{layer} has no {min(full - kind)}, as other layers have"
                 if checkpoint.config.get("model_type") in TESTED_MODEL_TYPES:
-                    raise SourceError(f"{checkpoint.label}: {lost}; the checkpoint is incomplete, fetch it again")
+                    raise SourceError(
+                        f"{checkpoint.label}: {lost}", remedy="the checkpoint is incomplete, fetch it again"
+                    )
                 return [f"{lost}; is the checkpoint complete?"]
     return []
 
@@ -353,8 +355,8 @@ def _expert_layouts(
         down = checkpoint.tensors.get(f"{block}.down_proj")
         if model_type not in FUSED_EXPERTS or down is None:
             raise SourceError(
-                f"{name}: fused experts of model_type {model_type} are not known here (which half is the gate?); "
-                "save the model with one tensor an expert first"
+                f"{name}: fused experts of model_type {model_type} are not known here (which half is the gate?)",
+                remedy="save the model with one tensor an expert first",
             )
         hidden, wide = found.hidden, int(found.text.get("moe_intermediate_size") or 0)
         shapes = checkpoint.tensors[name].shape[1:], down.shape[1:]

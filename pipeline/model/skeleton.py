@@ -251,7 +251,9 @@ class Skeleton:
 
         def stand_in(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if args:
-                raise SourceError(f"{type(model).__name__}: it calls its layers in an unknown way; please report it")
+                raise SourceError(
+                    f"{type(model).__name__}: it calls its layers in an unknown way", remedy="please report it"
+                )
             seen.append((hidden_states, kwargs))
             if len(seen) == len(self.layers):
                 raise Reached

@@ -111,7 +111,7 @@ def _copy(source: int, target: int, begin: int, count: int) -> None:
         except (AttributeError, OSError):
             done = os.write(target, os.pread(source, size, begin))
         if done == 0:
-            raise PipelineError("the source became shorter while it was read; start again")
+            raise PipelineError("the source became shorter while it was read", remedy="start again")
         begin, count = begin + done, count - done
 
 

@@ -64,7 +64,8 @@ def plan_calibration(
     limit = text.get("max_position_embeddings")
     if isinstance(limit, int) and batches.longest > limit:
         raise UsageError(
-            f"calibration.max_length: a caption has {batches.longest} tokens, the model {limit} positions; lower it"
+            f"calibration.max_length: a caption has {batches.longest} tokens, the model {limit} positions",
+            remedy="lower it",
         )
     widest = max(shape for layer in layers for t in layer.tensors for shape in t.shape if len(t.shape) == 2)
     tokens = max(batch.tokens for batch in batches.batches)

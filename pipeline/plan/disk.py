@@ -46,10 +46,11 @@ def check_disk(plan: Plan, output: Path, partial: Path) -> None:
     if needed > space.total:
         raise TooLarge(
             f"{space.directory}: {size_text(needed)} needed for the result, the whole drive has "
-            f"{size_text(space.total)}; choose another output"
+            f"{size_text(space.total)}",
+            remedy="choose another output",
         )
     if space.free + have < needed:
         raise DiskFull(
-            f"{space.directory}: {size_text(space.free + have)} free, {size_text(needed)} needed for the result; free "
-            f"{size_text(needed - space.free - have)}, or choose another output"
+            f"{space.directory}: {size_text(space.free + have)} free, {size_text(needed)} needed for the result",
+            remedy=f"free {size_text(needed - space.free - have)}, or choose another output",
         )

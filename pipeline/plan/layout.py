@@ -141,7 +141,8 @@ def _cache_drafts(selection: Selection, backend: CalibratedBackend) -> dict[str,
         found[name] = _Draft(None, (), (group,), choice.layer, made=True)
     if not layers:
         raise UsageError(
-            f"kv_cache: fp8: no attention with a k_proj or qkv_proj was found in {selection.stack}; set kv_cache: none"
+            f"kv_cache: fp8: no attention with a k_proj or qkv_proj was found in {selection.stack}",
+            remedy="set kv_cache: none",
         )
     return found
 
@@ -161,7 +162,8 @@ def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backen
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise SourceError(
-                f"{name}: a {tensor.dtype} weight; BF16, F16 and F32 are quantized here, use the original checkpoint"
+                f"{name}: a {tensor.dtype} weight",
+                remedy="BF16, F16 and F32 are quantized here, use the original checkpoint",
             )
         if choice.role == "linear":
             rows, columns = tensor.shape
@@ -343,7 +345,7 @@ def check_accounts(
     """Every source tensor has a fate, every output byte one writer. A failure here is a mistake of this program."""
     for name in checkpoint.tensors:
         if name not in fates:
-            raise SourceError(f"{name}: no fate was found for this tensor; please report it")
+            raise SourceError(f"{name}: no fate was found for this tensor", remedy="please report it")
     written: dict[str, int] = defaultdict(int)
     for piece in (*pieces, *(piece for layer in layers for piece in layer.pieces)):
         for write in piece.writes:
@@ -352,4 +354,6 @@ def check_accounts(
         written[name] += outputs[name].nbytes
     for name, output in outputs.items():
         if written[name] != output.nbytes:
-            raise SourceError(f"{name}: {written[name]} of {output.nbytes} bytes have a source; please report it")
+            raise SourceError(
+                f"{name}: {written[name]} of {output.nbytes} bytes have a source", remedy="please report it"
+            )

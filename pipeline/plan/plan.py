@@ -168,8 +168,8 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     if section:
         method = section.get("quant_method", "?") if isinstance(section, dict) else "?"
         raise SourceError(
-            f"{checkpoint.label}: this checkpoint is quantized already ({method}); a second rounding only loses: "
-            "name the BF16 original as model.source"
+            f"{checkpoint.label}: this checkpoint is quantized already ({method})",
+            remedy="a second rounding only loses: name the BF16 original as model.source",
         )
 
 
@@ -195,7 +195,9 @@ def _check_ignore(
     section = backend.config_section(selection)
     problems = IgnoreList(section["ignore"], section["quant_method"]).problems(linears, modules)
     if problems:
-        raise SourceError(f"{problems[0]} (and {len(problems) - 1} more); please report it with the plan's --json")
+        raise SourceError(
+            f"{problems[0]} (and {len(problems) - 1} more)", remedy="please report it with the plan's --json"
+        )
 
 
 # --- identity ----------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def read(path: Path) -> str:
             raise UsageError(f"{path}: a recipe is a YAML file; this is a directory or a device")
         if size > MAX_RECIPE_BYTES:
             raise UsageError(
-                f"{path}: a recipe is at most {MAX_RECIPE_BYTES:,} bytes, this file has {size:,}; is it the right file?"
+                f"{path}: a recipe is at most {MAX_RECIPE_BYTES:,} bytes, this file has {size:,}",
+                remedy="is it the right file?",
             )
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -140,7 +141,7 @@ def compose(text: str, file: str, what: str = "recipe") -> Document:
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is None:
-            raise UsageError(f"{file}:1:1: the {what} is empty; recipes/ holds examples")
+            raise UsageError(f"{file}:1:1: the {what} is empty", remedy="recipes/ holds examples")
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{Position.of(file, node).text}: a {what} is a mapping of keys to values")
         document.data = _convert(node, (), document, file, [MAX_RECIPE_NODES])

@@ -38,7 +38,7 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
     """
     changed = sidecars.changed_files(output) if (output / FILES).exists() else []
     if changed:
-        raise PipelineError(f"{output}: {changed[0]}; put it back, or make the result again with --fresh")
+        raise PipelineError(f"{output}: {changed[0]}", remedy="put it back, or make the result again with --fresh")
     server = find_environment(plan.recipe)
     try:
         before = read_json(output / VERDICT)

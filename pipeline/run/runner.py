@@ -106,7 +106,9 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
         work = Scratch(plan, partial).directory
         _refuse_overlap(plan, work, "runtime.work_directory", below=False)
         if {output, partial} & {work, *work.parents}:
-            raise UsageError(f"runtime.work_directory: {work} is, or lies in, the output; choose another place")
+            raise UsageError(
+                f"runtime.work_directory: {work} is, or lies in, the output", remedy="choose another place"
+            )
     if _finished(plan, output, fresh):
         return True
     attempt("looking at the disk", lambda: check_disk(plan, output, partial))
@@ -162,7 +164,7 @@ def _convert(
     except Interrupted:
         log.write("interrupted", units_done=len(journal.done))
         raise Interrupted(
-            f"stopped after {len(journal.done)} of {plan.units} units; run the same command again to go on"
+            f"stopped after {len(journal.done)} of {plan.units} units", remedy="run the same command again to go on"
         ) from None
     finally:
         log.close()
@@ -189,21 +191,23 @@ def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
         return False
     found = read_identity(output) if output.is_dir() and not output.is_symlink() else None
     if found is None:
-        raise UsageError(f"{output}: it exists and is no result of this program; move it, or choose another output")
+        raise UsageError(
+            f"{output}: it exists and is no result of this program", remedy="move it, or choose another output"
+        )
     if fresh:
         return False
     if found != plan.identity:
         changed = "\n".join(f"  {line}" for line in differences(found, plan.identity))
         raise OtherRun(
-            f"{output}: it is the result of another run, which differs in\n{changed}\n"
-            "choose another output, or replace it with --fresh",
+            f"{output}: it is the result of another run, which differs in\n{changed}",
             differing(found, plan.identity),
             begun=False,
+            remedy="choose another output, or replace it with --fresh",
         )
     if lost := lost_shards(output, plan.shards):
         raise PipelineError(
-            f"{output}: {plan.shards[min(lost)].name} is missing or damaged, although this run had finished; "
-            "make it again with --fresh"
+            f"{output}: {plan.shards[min(lost)].name} is missing or damaged, although this run had finished",
+            remedy="make it again with --fresh",
         )
     return True
 

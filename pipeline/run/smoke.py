@@ -162,10 +162,10 @@ def _lent(recipe: Recipe, parent: Path, keep: bool) -> Iterator[Path]:
         raise KeyboardInterrupt from None  # there is nothing to go on from
     except OSError as error:
         told = from_os_error(error, f"trying the first layers in {place}")
-        told.args = (f"{told}\n  {_fate(place, keep)}",)
+        told.add_line(f"  {_fate(place, keep)}")
         raise told from None
     except PipelineError as error:
-        error.args = (f"{error}\n  {_fate(place, keep)}",)
+        error.add_line(f"  {_fate(place, keep)}")
         raise
     finally:
         if keep:
@@ -218,7 +218,8 @@ def _refuse_too_little_room(parent: Path, kept: list[Tensor], plan: Plan) -> Non
         key = "runtime.work_directory" if plan.recipe.runtime.work_directory else "output"
         raise DiskFull(
             f"{parent}: {size_text(free)} free, {size_text(needed)} needed for a copy of the first layers and their "
-            f"result; free {size_text(needed - free)}, or choose another {key}"
+            "result",
+            remedy=f"free {size_text(needed - free)}, or choose another {key}",
         )
 
 

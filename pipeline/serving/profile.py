@@ -119,8 +119,8 @@ def cache_dtype(serve: Serve, fp8_cache: bool) -> str:
     asked = serve.kv_cache_dtype or ("fp8" if fp8_cache else "auto")
     if asked.startswith("fp8") and not fp8_cache:
         raise UsageError(
-            f"serve.kv_cache_dtype: {asked} with kv_cache: none would run the attention at KV scale 1.0; choose "
-            "kv_cache: fp8, or leave it out"
+            f"serve.kv_cache_dtype: {asked} with kv_cache: none would run the attention at KV scale 1.0",
+            remedy="choose kv_cache: fp8, or leave it out",
         )
     return asked
 
@@ -391,7 +391,9 @@ def _limits(serve: Serve, config: Mapping[str, Any]) -> dict[str, int]:
     """The --limit-mm-per-prompt; empty for a language model, which takes none."""
     asked = serve.limit_mm_per_prompt.model_dump(exclude_none=True) if serve.limit_mm_per_prompt is not None else {}
     if asked and not any(word in key for key in config for word in ("vision", "visual", "image", "audio", "thinker")):
-        raise UsageError(f"serve.limit_mm_per_prompt: {', '.join(asked)}: this model takes text alone; leave it out")
+        raise UsageError(
+            f"serve.limit_mm_per_prompt: {', '.join(asked)}: this model takes text alone", remedy="leave it out"
+        )
     if asked or "vision_config" not in config:
         return asked
     return {"image": 4, **({"video": 0} if "video_token_id" in config or "video_token_index" in config else {})}
@@ -428,8 +430,8 @@ def _length(serve: Serve, text: Mapping[str, Any], found: Fit) -> int:
     limit, length = _limit(serve, text), _wanted(serve, text)
     if limit is not None and length > limit:
         raise UsageError(
-            f"serve.max_model_len: {length:,} tokens, the model has {limit:,} positions; lower it, or state "
-            "serve.rope_scaling (YaRN) if the model was made for it"
+            f"serve.max_model_len: {length:,} tokens, the model has {limit:,} positions",
+            remedy="lower it, or state serve.rope_scaling (YaRN) if the model was made for it",
         )
     if found.room is None:
         return length
@@ -438,7 +440,8 @@ def _length(serve: Serve, text: Mapping[str, Any], found: Fit) -> int:
     if found.room <= 0:
         raise UsageError(
             f"serve.gpu_memory: {found.weights / 1e9:.1f} GB of weights{parallel} and {OVERHEAD / 1e9:.1f} GB for "
-            f"vLLM do not fit into {stated}; raise serve.tensor_parallel_size or serve.gpu_memory_utilization"
+            f"vLLM do not fit into {stated}",
+            remedy="raise serve.tensor_parallel_size or serve.gpu_memory_utilization",
         )
     fits = found.cache.longest(found.room, length)
     if serve.max_model_len is None and fits < length:
@@ -490,7 +493,8 @@ def _rotary(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(said, dict):
         raise UsageError(
             f"serve.rope_scaling: config.json has {str(said)[:60]!r} for this model's rotary parameters, which is no "
-            "mapping; mend it there, or leave it out"
+            "mapping",
+            remedy="mend it there, or leave it out",
         )
     own = dict(said)
     kinds = {str(part.get("model_type")) for part in (config, text)}
@@ -509,7 +513,8 @@ def _rotary(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any
     if other:
         raise UsageError(
             f"serve.rope_scaling: this model's rotary embedding is scaled already ({', '.join(sorted(other))}), which "
-            "YaRN would undo; leave it out"
+            "YaRN would undo",
+            remedy="leave it out",
         )
     for key in ("rope_theta", "partial_rotary_factor"):
         if key not in own and text.get(key) is not None:
@@ -546,5 +551,6 @@ def _check_yarn(scaling: RopeScaling, kind: str, positions: int | None, own: Map
     if scaled <= positions:
         raise UsageError(
             f"serve.rope_scaling: {scaling.factor:g} x {asked:,} is {scaled:,} positions, and the model has "
-            f"{positions:,} without it; raise the factor, or leave it out"
+            f"{positions:,} without it",
+            remedy="raise the factor, or leave it out",
         )

@@ -57,7 +57,8 @@ def profile_in_time(plan: Plan, server: Server | None) -> Iterator[Callable[[], 
             answer = asked.result() if asked.exception() is None else {}
             if not answer.get("error") and (problem := answer.get("problem")):
                 raise UsageError(
-                    f"serve: {server.name} refuses the profile: {problem}; mend it and run the same command to go on"
+                    f"serve: {server.name} refuses the profile: {problem}",
+                    remedy="mend it and run the same command to go on",
                 )
 
         yield look

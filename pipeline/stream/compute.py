@@ -78,7 +78,8 @@ class Compute:
         except NonFiniteWeight as error:
             row = "" if error.row is None else f" in row {piece.first_row + error.row}"
             raise SourceError(
-                f"{piece.tensor}: NaN or Inf{row}; the checkpoint is damaged or the training diverged, use a sound one"
+                f"{piece.tensor}: NaN or Inf{row}",
+                remedy="the checkpoint is damaged or the training diverged, use a sound one",
             ) from None
 
     def _result(self, piece: Piece, data: memoryview, used: list[bytearray]) -> memoryview:

@@ -100,5 +100,5 @@ def refuse_not_finite(tensor: Tensor, data: memoryview) -> None:
         check_finite(data, tensor.dtype)
     except NonFiniteWeight:
         raise SourceError(
-            f"{tensor.name}: NaN or Inf; the checkpoint is damaged or the training diverged, use a sound one"
+            f"{tensor.name}: NaN or Inf", remedy="the checkpoint is damaged or the training diverged, use a sound one"
         ) from None

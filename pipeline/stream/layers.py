@@ -238,18 +238,18 @@ class _Stream:
                 if is_out_of_memory(error):
                     raise OutOfMemory(
                         f"{unit.label}: memory of {self.device.type} ran out with this layer and "
-                        f"{batches[by_tokens[-1]].tokens} tokens at once; free some, lower calibration.batch_tokens, "
-                        "or use another runtime.device"
+                        f"{batches[by_tokens[-1]].tokens} tokens at once",
+                        remedy="free some, lower calibration.batch_tokens, or use another runtime.device",
                     ) from None
                 text = (str(error).strip().splitlines() or [""])[0][:200]
                 if is_device_fault(error):
                     raise DeviceFault(
-                        f"{unit.label}: the GPU failed ({text}); look at its health (dmesg, nvidia-smi -q), then "
-                        "run the same command again to go on"
+                        f"{unit.label}: the GPU failed ({text})",
+                        remedy="look at its health (dmesg, nvidia-smi -q), then run the same command again to go on",
                     ) from error
                 raise PipelineError(
-                    f"{unit.label}: transformers cannot run this layer ({type(error).__name__}: {text}); does "
-                    "config.json belong to these weights?"
+                    f"{unit.label}: transformers cannot run this layer ({type(error).__name__}: {text})",
+                    remedy="does config.json belong to these weights?",
                 ) from error
             ranges.tokens_of_experts = counts()
             if not done:
@@ -426,11 +426,11 @@ def _check_made(unit: LayerUnit, made: dict[str, Any], plan: Plan) -> None:
 
     dtypes = {**torch_dtypes(), "F8_E4M3": torch.float8_e4m3fn}
     if missing := [name for name in unit.made if name not in made]:
-        raise PipelineError(f"{missing[0]}: {plan.backend.name} made no such tensor; please report it")
+        raise PipelineError(f"{missing[0]}: {plan.backend.name} made no such tensor", remedy="please report it")
     for name, value in made.items():
         output = plan.outputs.get(name)
         if output is None or (dtypes[output.dtype], output.shape) != (value.dtype, tuple(value.shape)):
             planned = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
             raise PipelineError(
-                f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}; please report it"
+                f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}", remedy="please report it"
             )

@@ -175,7 +175,7 @@ def _fails_too(source: Checkpoint, session: VllmWorker) -> str | None:
 
 
 def _no_session(run: dict[str, Any]) -> bool:
-    return str(run["error"]).startswith("vLLM did not start")
+    return run.get("started") is False
 
 
 def _patience(checkpoint: Checkpoint) -> float:

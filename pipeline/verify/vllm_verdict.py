@@ -47,12 +47,14 @@ def judge_load(
     for kv, load in loads.items():
         if not load["error"]:
             continue
-        if "vllm" not in load:
+        if load.get("lost"):
             report.problems.append(
                 f"vLLM could not be run: {load['error']}; mend its environment and run the same command again, or "
                 "choose verify: structure, which proves nothing about serving"
             )
-        elif baseline is not None and baseline["error"] and "vllm" in baseline:  # vLLM's own word, not a lost process
+        elif (
+            baseline is not None and baseline["error"] and not baseline.get("lost")
+        ):  # vLLM's own word, not a lost process
             report.notes.append(f"not proven: this vLLM does not load the source either: {baseline['error']}")
         elif load.get("platform") == "cpu" and NO_KERNEL.search(load["error"]):
             report.notes.append(f"not proven: this build of vLLM, for CPUs, has no kernel for it: {load['error']}")

@@ -75,18 +75,18 @@ def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server |
         if named:
             python = _python(named)
             if python is None:
-                raise UsageError(f"{said_in}: {named} is no Python that can be run; {HOW_TO_GET}")
+                raise UsageError(f"{said_in}: {named} is no Python that can be run", remedy=HOW_TO_GET)
             found = _ask(python)
             if isinstance(found, str):
-                raise UsageError(f"{said_in}: {named} {found}; {HOW_TO_GET}")
+                raise UsageError(f"{said_in}: {named} {found}", remedy=HOW_TO_GET)
             return found
     place = default_place()
     if os.path.lexists(place):  # made to be used: a result must not go unproven because it broke
         found = _ask(place / "bin" / "python")
         if isinstance(found, str):
             raise UsageError(
-                f"{place}, where vLLM is looked for, is broken: its Python {found}; make it anew with "
-                "bash scripts/setup_vllm.sh, or remove it to go without"
+                f"{place}, where vLLM is looked for, is broken: its Python {found}",
+                remedy="make it anew with bash scripts/setup_vllm.sh, or remove it to go without",
             )
         return found
     if importlib.util.find_spec("vllm") is not None and not isinstance(found := _ask(Path(sys.executable)), str):
@@ -112,8 +112,8 @@ def _beside(command: str) -> Server | None:
             broken = broken or f"{python} {found}"
     if broken is not None:
         raise UsageError(
-            f"{command}, the vllm command on the PATH, is broken: its Python {broken}; mend it, take it off the PATH, "
-            f"or name another in runtime.vllm_python or {VARIABLE}"
+            f"{command}, the vllm command on the PATH, is broken: its Python {broken}",
+            remedy=f"mend it, take it off the PATH, or name another in runtime.vllm_python or {VARIABLE}",
         )
     return None
 

@@ -64,8 +64,9 @@ class VllmWorker:
             seconds: how long one may take.
 
         Returns:
-            A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``, with
-            ``cut_off`` if time or memory ran out: that says nothing about the checkpoint.
+            A result a job. One that could not be run is ``{"error": a sentence, "log": the end of its output}``. With
+            ``lost: true`` the error says nothing about the checkpoint: time or memory ran out (then ``cut_off: true``,
+            too), or vLLM itself did not start (then ``started: false``, too).
         """
         self.begin()
         assert self._place is not None and self._process is not None
@@ -89,7 +90,8 @@ def _result(out: Path, said: Path) -> dict[str, Any]:
             result["log"] = _end(out.with_name(out.name + ".log"))
         return result
     lines = _end(said).splitlines()
-    return {"error": f"vLLM did not start: {lines[-1] if lines else 'it said nothing'}", "log": "\n".join(lines)}
+    error = f"vLLM did not start: {lines[-1] if lines else 'it said nothing'}"
+    return {"error": error, "log": "\n".join(lines), "lost": True, "started": False}
 
 
 def _end(path: Path, lines: int = 30) -> str:

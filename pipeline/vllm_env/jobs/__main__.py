@@ -4,7 +4,8 @@ vLLM is imported once. Then, one after the other, the files ``jobs-1``, ``jobs-2
 and removed; each is ``{"parallel": N, "jobs": [{"kind": KIND, "out": PATH, "seconds": S, ...}]}``, where the kinds are
 load, generate, throughput and arguments. Every job is a fork of this process, so that none sees what another left
 behind: vLLM says most warnings once a process, and keeps its parallel state in globals. A job writes its result, a JSON
-object, to ``out`` and all it prints to ``out`` + ".log". A job that dies leaves ``{"error": ...}``.
+object, to ``out`` and all it prints to ``out`` + ".log". A job that dies leaves
+``{"error": ..., "lost": true}``, which is not vLLM's own word on the checkpoint.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _run_all(waiting: list[dict[str, Any]], parallel: int) -> None:
             if ended or late:
                 del running[pid]
                 if not Path(job["out"]).exists():
-                    _write(job["out"], {"error": _epitaph(job, status, late), "cut_off": True})
+                    _write(job["out"], {"error": _epitaph(job, status, late), "lost": True, "cut_off": True})
         time.sleep(0.02)
 
 
@@ -106,7 +107,8 @@ def _start(job: dict[str, Any]) -> int:
         status = 0
     except BaseException as error:
         traceback.print_exc()
-        _write(job["out"], {"error": _sentence(error)})
+        lost = job["kind"] in ("load", "arguments")  # which catch what vLLM itself says
+        _write(job["out"], {"error": _sentence(error), "lost": lost})
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
