@@ -194,7 +194,7 @@ def _check_ignore(
     section = backend.config_section(selection)
     problems = IgnoreList(section["ignore"], section["quant_method"]).problems(linears, modules)
     if problems:
-        raise SourceError(f"{problems[0]} (and {len(problems) - 1} more); please report it with the plan's --json")
+        raise SourceError(f"{problems[0].text} (and {len(problems) - 1} more); please report it with the plan's --json")
 
 
 # --- identity ----------------------------------------------------------------------------------------
