@@ -37,8 +37,8 @@ def check_accounts(
         found, owner = result.tensors.get(name), name.removesuffix(".weight")
         alike = found if found is not None and found.shape == tensor.shape else None
         kept = alike is not None and alike.dtype == tensor.dtype
-        floats = alike is not None and not report.produced_here and {alike.dtype, tensor.dtype} <= {*FLOAT_DTYPES}
-        if alike is not None and (kept or floats):
+        recast = found is not None and not report.produced_here and {found.dtype, tensor.dtype} <= {*FLOAT_DTYPES}
+        if alike is not None and (kept or recast):
             expected.add(name)
             copied += 1
             if not kept:
@@ -55,7 +55,7 @@ def check_accounts(
             quantized += 1
             continue
         if role not in ("linear", "experts"):
-            code, what = _ending(found)
+            code, what = _outcome(found)
             report.add(code, name, f"{name}: it {what}, but it belongs to what stays as it is")
             continue
         if method is None:  # what its weights became may have other names and shapes
@@ -64,7 +64,7 @@ def check_accounts(
             if any(part in packed for part in parts) and not plain:
                 quantized += 1
             else:
-                code, what = _ending(found)
+                code, what = _outcome(found)
                 report.add(code, name, f"{name}: it {what}, and there are no codes in its place")
             continue
         for module, rows, columns in expected_modules(name, tensor, role, selection):
@@ -90,7 +90,7 @@ def check_accounts(
     return f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} {what}"
 
 
-def _ending(found: Tensor | None) -> tuple[str, str]:
+def _outcome(found: Tensor | None) -> tuple[str, str]:
     """The code and the words for what became of a source's tensor."""
     if found is None:
         return "tensor-lost", "is lost"

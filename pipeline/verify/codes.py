@@ -194,10 +194,11 @@ CODES: dict[str, Code] = {code: entry for codes in SECTIONS.values() for code, e
 HEAD = """# Codes of findings
 
 `quantize verify` and the gate of every run report findings. `--json` and `quantize/verify.json` hold each under
-`findings`, with its `code`, `level` (`problem` or `note`), `subject` (the tensor, module, file or part of the config,
-empty for the checkpoint as a whole), `text` and `remedy` (null where there is none). `problems` and `notes` hold the
-same as sentences. A checkpoint with a problem does not pass. The level depends on the code, and on whether the
-checkpoint was produced by this tool (own) or not (third-party); — stands where it is not looked for.
+`findings`, with its `code`, `level` (`problem` or `note`), `subject` (the tensor, module, file, part of the config,
+option or prompt; the first where there are several, empty for the checkpoint as a whole), `text` and `remedy` (null
+where there is none). `problems` and `notes` hold the same as sentences. A checkpoint with a problem does not pass. The
+level depends on the code, and on whether the checkpoint was produced by this tool (own) or not (third-party); — stands
+where it is not looked for.
 
 Codes are stable: a program may rely on them, not on the sentences.
 """

@@ -58,7 +58,10 @@ def check_tokenizer(result: Checkpoint, selection: Selection | None, source: Che
 
 
 def _check_server_files(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
-    """What a server cannot start without, and exporters forget; a source that lacks it too is its makers' business."""
+    """The files that a server cannot start without are there; exporters forget some.
+
+    Where the source lacks one too, that is its makers' business.
+    """
     missing: list[tuple[str, tuple[str, ...]]] = []
     own = any(any(result.root.glob(pattern)) for pattern in ("*.tiktoken", "*.model", "tokenization_*.py"))
     if not own and not any((result.root / name).exists() for name in TOKENIZERS):
@@ -66,14 +69,14 @@ def _check_server_files(result: Checkpoint, source: Checkpoint | None, report: R
     if "vision_config" in result.config and not any((result.root / name).exists() for name in PROCESSORS):
         missing.append(("image processor", PROCESSORS))
     for what, names in missing:
+        remedy = "copy it from the source"
         if source is None:
             code = "server-file-missing"
         elif any((source.root / name).exists() for name in names):
             code = "server-file-lost"
         else:
-            code = "server-file-not-in-source"
-        text = f"{names[0]}: there is no {what}, without which vLLM does not start"
-        report.add(code, names[0], text, "copy it from the source")
+            code, remedy = "server-file-not-in-source", "the source does not have it either; add it to both"
+        report.add(code, names[0], f"{names[0]}: there is no {what}, without which vLLM does not start", remedy)
 
 
 def _token_ids(path: Path) -> tuple[set[int], set[int]] | None:

@@ -15,7 +15,8 @@ class Finding:
 
     Attributes:
         code: what kind of thing, a key of `CODES`.
-        subject: the tensor, module, file or part of the config that it is about; empty for the checkpoint as a whole.
+        subject: the tensor, module, file, part of the config, option or prompt that it is about, the first where there
+            are several; empty for the checkpoint as a whole.
         text: a sentence that says it; it names the subject itself.
         remedy: what to do about it; None where nothing general can be said.
     """

@@ -314,14 +314,14 @@ def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, repor
             continue
         if run.get("cut_off"):
             text = f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
-            report.add("engine-dies", "", text)
+            report.add("engine-dies", f"--kv-cache-dtype {kv}", text)
         elif _lacks(session.server, run["error"]):
             _add_no_kernel(run["error"], report)
         elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, session)):
             _add_source_fails_too(same, report)
         else:
             text = f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}"
-            report.add("engine-fails", "", text)
+            report.add("engine-fails", f"--kv-cache-dtype {kv}", text)
         return
     names = [*(f"{prompt!r}" for prompt in job["prompts"]), *([IMAGE] if job["image"] else [])]
     figures = judge_generation(runs, before, names, report)

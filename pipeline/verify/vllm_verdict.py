@@ -62,11 +62,12 @@ def judge_load(
             report.add("vllm-no-kernel", "", text)
         elif kv != "auto" and promised is None:
             text = f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}"
-            report.add("vllm-cannot-start", "", text)
+            report.add("vllm-cannot-start", f"--kv-cache-dtype {kv}", text)
             del sound[kv]
             continue
         else:
-            report.add("vllm-cannot-load", "", f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}")
+            text = f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}"
+            report.add("vllm-cannot-load", f"--kv-cache-dtype {kv}", text)
         return False
     before = baseline if baseline is not None and not baseline["error"] else None
     found = {
@@ -307,12 +308,12 @@ def judge_generation(
         }
         if math.isnan(ratio) or any(math.isnan(drop) for drop in drops):
             text = f"with --kv-cache-dtype {kv} the engine's log-probabilities are NaN"
-            report.add("engine-not-finite", "", text)
+            report.add("engine-not-finite", f"--kv-cache-dtype {kv}", text)
             continue
         if ratio > MAX_RATIO:
             report.add(
                 "perplexity-too-high",
-                "",
+                f"--kv-cache-dtype {kv}",
                 f"with --kv-cache-dtype {kv} the served perplexity is {ratio:.3f} times the source's "
                 f"({_exp(run['nll'] / run['counted']):.2f} against {_exp(base):.2f}); at most {MAX_RATIO} "
                 "passes as 8-bit rounding",
