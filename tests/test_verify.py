@@ -184,6 +184,23 @@ def test_checkpoints_of_llm_compressor_itself(pair: tuple[Path, Path], tmp_path:
     assert "no hashes were recorded for this checkpoint" in report.checked
 
 
+def test_an_idle_pattern_is_a_problem_of_our_own_result_alone(
+    pair: tuple[Path, Path], tmp_path: Path, quantize: Any
+) -> None:
+    """Exporters list patterns for parts that a model may not have; a name that is wrong is wrong in either."""
+    own = shutil.copytree(pair[1], tmp_path / "own")
+    section(own, ignore=["lm_head", "visual.blocks.0.qkv", "re:.*absent.*", "absent"])
+    third_party = shutil.copytree(own, tmp_path / "other", ignore=shutil.ignore_patterns("quantize"))
+    for out, level in ((own, "problem"), (third_party, "note")):
+        done = quantize("verify", out, "--level", "structure", "--json")
+        assert done.returncode == 1
+        report = json.loads(done.stdout)
+        found = {(entry["code"], entry["level"], entry["subject"]) for entry in report["findings"]}
+        assert {("ignore-entry-idle", "problem", "absent"), ("ignore-pattern-idle", level, "re:.*absent.*")} <= found
+        sentence = "quantization_config.ignore: 're:.*absent.*' matches nothing in this checkpoint"
+        assert sentence in report[f"{level}s"]
+
+
 def test_a_load_that_ended_before_any_layer_was_seen() -> None:
     """Where vLLM refuses a cache at its start, its record holds the error alone."""
     from pipeline.verify.verify import _no_kernel

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.source import SourceError, open_checkpoint
+from pipeline.journal import read_identity
 from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure
 from pipeline.verify.verify import _load_job, verify
@@ -250,7 +251,7 @@ def damages(
         if name not in found:
             said[name] = (place, None)
             continue
-        report = Report(name, None)
+        report = Report(name, None, read_identity(place) is not None)
         judge_load(open_checkpoint(place), found[name], baseline, report)
         said[name] = (place, report.problems)
     return said
@@ -277,7 +278,9 @@ def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], ses
         report = verify(demo[made], source, "load", session, contents=True)
         assert report.passed and report.proven_in_vllm and report.level == "load", report.problems
         if made == "plain":
-            assert any("no KV scales: serve it with --kv-cache-dtype auto" in note for note in report.notes)
+            assert any(
+                "no KV scales" in note and "serve it with --kv-cache-dtype auto" in note for note in report.notes
+            )
             continue
         assert report.notes == []
         scales = "(k, v, q, prob)" if made != "llmcompressor" else "(k, v, q)"

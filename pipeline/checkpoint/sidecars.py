@@ -28,19 +28,19 @@ def carry_files(checkpoint: Checkpoint, target: Path) -> None:
     record_files(target, {}, carried)
 
 
-def changed_files(root: Path) -> list[str]:
-    """What became of the small files that a run recorded, a sentence each; empty where they are as they were.
+def changed_files(root: Path) -> dict[str, str]:
+    """What became of the small files that a run recorded, in words by name; empty where they are as they were.
 
     Raises:
         SourceError: the record itself is damaged.
     """
-    found = []
+    found = {}
     for name, digest in read_json(root / FILES).items():
         file = root / name
         if not file.is_file():
-            found.append(f"{name}: recorded by the run, absent here")
+            found[name] = "recorded by the run, absent here"
         elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            found.append(f"{name}: it is not the file that the run wrote (SHA-256 differs)")
+            found[name] = "it is not the file that the run wrote (SHA-256 differs)"
     return found
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
+from typing import Literal
 
 from pipeline.checkpoint.source import Checkpoint
 from pipeline.errors import UsageError
@@ -69,6 +71,22 @@ def _names(modules: list[str]) -> str:
     return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class IgnoreProblem:
+    """What vLLM would do wrong with an ignore list, or an entry that does nothing.
+
+    Attributes:
+        kind: an FP8 weight is ignored, a plain weight is not, or an entry matches nothing: a module's name, or
+            a pattern (for the parts of names that ModelOpt's older exports list, too).
+        subject: the module, or the entry.
+        text: a sentence that says it.
+    """
+
+    kind: Literal["fp8 ignored", "plain not ignored", "idle name", "idle pattern"]
+    subject: str
+    text: str
+
+
 class IgnoreList:
     """The ``ignore`` of a quantization_config, as vLLM matches it.
 
@@ -115,8 +133,8 @@ class IgnoreList:
         """Whether a module is ignored by a pattern and not by its name."""
         return module in self and module not in self._literals
 
-    def problems(self, linears: Mapping[str, str], modules: set[str]) -> list[str]:
-        """What vLLM would do wrong with this list.
+    def problems(self, linears: Mapping[str, str], modules: set[str]) -> list[IgnoreProblem]:
+        """What vLLM would do wrong with this list, and the entries that match nothing.
 
         Args:
             linears: every module with a 2-D weight that can be a linear layer, and the weight's dtype.
@@ -125,14 +143,20 @@ class IgnoreList:
         found = []
         for module, dtype in linears.items():
             if dtype == "F8_E4M3" and module in self:
-                found.append(f"{module}: it is FP8, but the config ignores it: vLLM would load codes as weights")
+                text = f"{module}: it is FP8, but the config ignores it: vLLM would load codes as weights"
+                found.append(IgnoreProblem("fp8 ignored", module, text))
             elif dtype != "F8_E4M3" and module not in self:
-                found.append(
+                text = (
                     f"{module}: {dtype}, but the config does not ignore it: vLLM would cast it to FP8 with a scale "
                     "that nobody set"
                 )
+                found.append(IgnoreProblem("plain not ignored", module, text))
         idle = sorted(self._literals - modules - {"lm_head"})
         if self._loose:
             idle = [entry for entry in idle if not any(entry in module for module in modules)]
         idle += [entry for entry, p in self._patterns.items() if not any(p.match(module) for module in modules)]
-        return found + [f"quantization_config.ignore: {entry!r} matches nothing in this checkpoint" for entry in idle]
+        for entry in idle:
+            pattern = self._loose or entry.startswith("re:") or "*" in entry
+            text = f"quantization_config.ignore: {entry!r} matches nothing in this checkpoint"
+            found.append(IgnoreProblem("idle pattern" if pattern else "idle name", entry, text))
+        return found

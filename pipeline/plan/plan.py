@@ -196,7 +196,7 @@ def _check_ignore(
     problems = IgnoreList(section["ignore"], section["quant_method"]).problems(linears, modules)
     if problems:
         raise SourceError(
-            f"{problems[0]} (and {len(problems) - 1} more)", remedy="please report it with the plan's --json"
+            f"{problems[0].text} (and {len(problems) - 1} more)", remedy="please report it with the plan's --json"
         )
 
 

@@ -36,9 +36,9 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
         VerificationFailed: the result does not pass what it was not asked to pass before, or has failed what is not
             asked now.
     """
-    changed = sidecars.changed_files(output) if (output / FILES).exists() else []
-    if changed:
-        raise PipelineError(f"{output}: {changed[0]}", remedy="put it back, or make the result again with --fresh")
+    changed = sidecars.changed_files(output) if (output / FILES).exists() else {}
+    for name, what in changed.items():
+        raise PipelineError(f"{output}: {name}: {what}", remedy="put it back, or make the result again with --fresh")
     server = find_environment(plan.recipe)
     try:
         before = read_json(output / VERDICT)

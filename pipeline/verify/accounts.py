@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint
+from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, Tensor
 from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, FP8, PACKED, Method
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import expected_modules, select
@@ -19,7 +19,6 @@ def check_accounts(
     ignore: IgnoreList,
     section: dict[str, Any] | None,
     method: Method | None,
-    made_here: bool,
     report: Report,
 ) -> str:
     """Hold every tensor of the source against what stands in its place, and every tensor here against the source."""
@@ -30,7 +29,7 @@ def check_accounts(
     packed = _packed(result)
 
     def stays(module: str) -> bool:
-        names = (module,) if made_here else (module, *aliases(module))
+        names = (module,) if report.produced_here else (module, *aliases(module))
         return any(name in ignore for name in names) or not targeted(module, section or {})
 
     for name, tensor in source.tensors.items():
@@ -38,24 +37,26 @@ def check_accounts(
         found, owner = result.tensors.get(name), name.removesuffix(".weight")
         alike = found if found is not None and found.shape == tensor.shape else None
         kept = alike is not None and alike.dtype == tensor.dtype
-        if alike is not None and (kept or (not made_here and {alike.dtype, tensor.dtype} <= {*FLOAT_DTYPES})):
+        recast = found is not None and not report.produced_here and {found.dtype, tensor.dtype} <= {*FLOAT_DTYPES}
+        if alike is not None and (kept or recast):
             expected.add(name)
             copied += 1
             if not kept:
-                cast.append(f"{name} is {alike.dtype}")
+                cast.append(name)
             if method is not None and role == "linear" and not stays(owner):
-                report.problems.append(f"{name}: a linear layer of the language model that was not quantized")
+                text = f"{name}: a linear layer of the language model that was not quantized"
+                report.add("linear-not-quantized", name, text)
             continue
         if role == "tied head" and found is None:
             continue
         scale = f"{owner}.weight_scale"
-        if role == "outside" and not made_here and alike and alike.dtype == FP8 and scale in result.tensors:
+        if role == "outside" and not report.produced_here and alike and alike.dtype == FP8 and scale in result.tensors:
             expected.update((name, scale, f"{owner}.input_scale"))
             quantized += 1
             continue
         if role not in ("linear", "experts"):
-            what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
-            report.problems.append(f"{name}: it {what}, but it belongs to what stays as it is")
+            code, what = _outcome(found)
+            report.add(code, name, f"{name}: it {what}, but it belongs to what stays as it is")
             continue
         if method is None:  # what its weights became may have other names and shapes
             plain = found is not None and found.dtype not in PACKED
@@ -63,8 +64,8 @@ def check_accounts(
             if any(part in packed for part in parts) and not plain:
                 quantized += 1
             else:
-                what = "is lost" if found is None else f"became {found.dtype} {list(found.shape)}"
-                report.problems.append(f"{name}: it {what}, and there are no codes in its place")
+                code, what = _outcome(found)
+                report.add(code, name, f"{name}: it {what}, and there are no codes in its place")
             continue
         for module, rows, columns in expected_modules(name, tensor, role, selection):
             weight = result.tensors.get(f"{module}.weight")
@@ -73,18 +74,27 @@ def check_accounts(
                 expected.add(f"{module}.input_scale")
             quantized += 1
             if weight is None:
-                report.problems.append(f"{module}.weight: the source has it ({name}), the checkpoint does not")
+                text = f"{module}.weight: the source has it ({name}), the checkpoint does not"
+                report.add("tensor-lost", f"{module}.weight", text)
             elif (weight.dtype, weight.shape) != (FP8, (rows, columns)):
-                report.problems.append(
-                    f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
-                )
+                text = f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
+                report.add("tensor-changed", f"{module}.weight", text)
     for name in result.tensors if method is not None else ():
         if name not in expected and not CACHE_SCALE.search(name):  # those have their own check
-            report.problems.append(f"{name}: the source has nothing that it could come from")
+            report.add("tensor-unexpected", name, f"{name}: the source has nothing that it could come from")
     if cast:
-        report.notes.append(f"{cast[0]}, unlike the source's, {len(cast)} in all: rounded once more, or made wider")
+        dtype = result.tensors[cast[0]].dtype
+        text = f"{cast[0]} is {dtype}, unlike the source's, {len(cast)} in all: rounded once more, or made wider"
+        report.add("tensor-cast", cast[0], text)
     what = "in FP8" if method is not None else "of the language model's linear layers quantized, as it seems"
     return f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} {what}"
+
+
+def _outcome(found: Tensor | None) -> tuple[str, str]:
+    """The code and the words for what became of a source's tensor."""
+    if found is None:
+        return "tensor-lost", "is lost"
+    return "tensor-changed", f"became {found.dtype} {list(found.shape)}"
 
 
 def _packed(result: Checkpoint) -> set[str]:

@@ -36,7 +36,7 @@ def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | Non
     try:
         pieces = read_pieces(result.root)
     except ValueError:
-        report.problems.append(f"{JOURNAL}: it is damaged")
+        report.add("journal-damaged", JOURNAL, f"{JOURNAL}: it is damaged")
         return None
     if pieces is None:
         return "no hashes were recorded for this checkpoint"
@@ -59,17 +59,19 @@ def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | Non
     for piece in pieces:
         tensor = result.tensors.get(piece.tensor)
         if tensor is None:
-            report.problems.append(f"{piece.tensor}: recorded by the run, absent here")
+            report.add("recorded-tensor-lost", piece.tensor, f"{piece.tensor}: recorded by the run, absent here")
         elif piece.offset - begins[piece.tensor] + piece.nbytes <= tensor.nbytes:
             covered[piece.tensor] += piece.nbytes
             here.append(piece)
     with ThreadPoolExecutor(default_threads()) as pool:  # reading and hashing both let others run
         for piece, wrong in zip(here, pool.map(differs, here), strict=True):
             if wrong:
-                report.problems.append(f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)")
+                text = f"{piece.tensor}: its bytes are not those that the run wrote (SHA-256 differs)"
+                report.add("hash-differs", piece.tensor, text)
     for name, tensor in result.tensors.items():
         if covered[name] != tensor.nbytes:
-            report.problems.append(f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes")
+            text = f"{name}: the run recorded hashes for {covered[name]} of {tensor.nbytes} bytes"
+            report.add("hash-missing", name, text)
     return f"{sum(covered.values()):,} bytes of tensors: SHA-256 as recorded by the run"
 
 
@@ -91,7 +93,7 @@ def check_numbers(result: Checkpoint, report: Report) -> str:
                 kind, mask = masks[tensor.dtype]
                 bad = bool(((numpy.frombuffer(data, kind) & mask) == mask).any())
             if bad:
-                report.problems.append(f"{name}: it holds values that are no finite numbers")
+                report.add("value-not-finite", name, f"{name}: it holds values that are no finite numbers")
                 break
     return f"{counted} tensors: every value is a finite number"
 
@@ -100,10 +102,12 @@ def _check_files(result: Checkpoint, report: Report) -> None:
     """The small files against the hashes of their run."""
     path = result.root / FILES
     if not path.exists():
-        report.problems.append(f"{FILES}: it is absent, although the run's journal is here; it has the files' hashes")
+        text = f"{FILES}: it is absent, although the run's journal is here; it has the files' hashes"
+        report.add("file-hashes-missing", FILES, text)
         return
     changed = changed_files(result.root)
-    report.problems += changed
+    for name, what in changed.items():
+        report.add("file-hash-differs", name, f"{name}: {what}")
     if not changed:
         report.checked.append("small files: SHA-256 as recorded by the run")
 
@@ -122,20 +126,24 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, r
         if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape):
             same += 1
             if not _equal(source, tensor, result, found) and not _scaled(source, tensor, result, found, powers):
-                report.problems.append(f"{name}: it was to stay as it is, but its bytes differ from the source's")
+                text = f"{name}: it was to stay as it is, but its bytes differ from the source's"
+                report.add("bytes-differ", name, text)
         elif found is not None and found.shape == tensor.shape and {found.dtype, tensor.dtype} <= {*FLOAT_DTYPES}:
             kind = found.dtype
             if _as_dtype(read_tensor(source, tensor), tensor.dtype, kind) != read_tensor(result, found):
-                report.problems.append(f"{name}: it holds other numbers than the source's, rounded to {kind}")
+                text = f"{name}: it holds other numbers than the source's, rounded to {kind}"
+                report.add("rounded-values-differ", name, text)
         elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES and not _repeatable(method, tensor, ours):
             if (distance := _distance(source, tensor, result)) is None:
                 unread += found is not None and found.dtype not in FLOAT_DTYPES
                 continue
             near += 1
             if not distance <= FAR:
-                report.problems.append(
+                report.add(
+                    "weight-far-from-source",
+                    name,
                     f"{name}: what the checkpoint holds for it is {distance:.0%} away from the source's weight; 8 bits "
-                    "cost about 3%"
+                    "cost about 3%",
                 )
         elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
             again += 1
@@ -145,18 +153,20 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, r
                 else:
                     wrong, far = _requantize(source, tensor, result, role, selection)
             except NonFiniteWeight:
-                report.problems.append(f"{name}: NaN or Inf in the source")
+                report.add("source-not-finite", name, f"{name}: NaN or Inf in the source")
                 continue
             if wrong and not ours and not far:
                 other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
             elif wrong:
                 numerics = "ModelOpt's" if method is MODELOPT else "llm-compressor's"
-                report.problems.append(
+                text = (
                     f"{wrong}: not what the source's {name} gives when it is quantized ({numerics} numerics on a CPU)"
                 )
-    _say_coarse(reaches, report)
+                report.add("requantized-differs", wrong, text)
+    _check_coarse_scales(reaches, report)
     if unread:
-        report.notes.append(f"the codes of {unread} weights are in a layout whose numbers are not compared here")
+        text = f"the codes of {unread} weights are in a layout whose numbers are not compared here"
+        report.add("contents-not-compared", "", text)
     if powers:
         report.checked.append(
             f"{len(powers)} modules were balanced: the source times a power of two, against each other"
@@ -174,16 +184,18 @@ def _repeatable(method: Method | None, tensor: Tensor, ours: bool) -> bool:
     return ours or method is not MODELOPT or tensor.dtype == "BF16"
 
 
-def _say_coarse(reaches: dict[str, tuple[float, float]], report: Report) -> None:
+def _check_coarse_scales(reaches: dict[str, tuple[float, float]], report: Report) -> None:
     """Scales that hold much more than their weights, or what vLLM fuses them with, reach: small weights are lost."""
     widest = {module: largest for module, (largest, _) in reaches.items()}
     for group in fused_groups(reaches):
         widest.update(dict.fromkeys(group, max(reaches[module][0] for module in group)))
     for module, (_, held) in reaches.items():
         if widest[module] and held > widest[module] * COARSE:
-            report.problems.append(
+            report.add(
+                "weight-scale-coarse",
+                f"{module}.weight_scale",
                 f"{module}.weight_scale: it holds up to {held:.4g}, the source's weight reaches {widest[module]:.4g}: "
-                "small weights are lost"
+                "small weights are lost",
             )
 
 

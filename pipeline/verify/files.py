@@ -7,7 +7,6 @@ from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint, SourceError, read_json
 from pipeline.formats.methods import SECTION
-from pipeline.journal import read_identity
 from pipeline.model.selection import Selection
 from pipeline.verify.kv_cache import dtype_said
 from pipeline.verify.report import Report
@@ -24,38 +23,45 @@ def check_tokenizer(result: Checkpoint, selection: Selection | None, source: Che
     What a source had already is its makers' business, and noted.
     """
     path = result.root / "tokenizer.json"
-    _say_unservable(result, source, report)
+    _check_server_files(result, source, report)
     if not path.exists():
         return
     found = _token_ids(path)
     if found is None:
-        report.notes.append("tokenizer.json: it is not in the format that is known here; its ids are not checked")
+        text = "tokenizer.json: it is not in the format that is known here; its ids are not checked"
+        report.add("tokenizer-format-unknown", "tokenizer.json", text)
         return
     ids, added = found
     choices = selection.choices if selection is not None else {}
-    carried = source.root / "tokenizer.json" if source is not None else None
-    as_before = (
-        carried is not None
-        and carried.exists()
-        and (carried.read_bytes() == path.read_bytes() or _says_the_same(path, carried))
+    original = source.root / "tokenizer.json" if source is not None else None
+    as_in_source = (
+        original is not None
+        and original.exists()
+        and (original.read_bytes() == path.read_bytes() or _says_the_same(path, original))
     )
-    place, whose = (report.notes, "as in the source") if as_before else (report.problems, "it is another model's")
+    whose = "as in the source" if as_in_source else "it is another model's"
     rows = max((result.tensors[name].shape[0] for name, c in choices.items() if c.role == "embedding"), default=0)
     beyond = {number for number in ids | added if number >= rows}
     if rows and beyond:
         text = f"tokenizer.json: its ids reach {max(beyond)}, the embedding has {rows} rows"
-        if source is None and read_identity(result.root) is None and beyond <= added and len(beyond) <= FEW_TOKENS:
-            report.notes.append(f"{text}: {len(beyond)} added tokens, as CodeLlama's and Gemma's makers left them")
+        if source is None and beyond <= added and len(beyond) <= FEW_TOKENS:
+            few = f"{text}: {len(beyond)} added tokens, as CodeLlama's and Gemma's makers left them"
+            report.add("tokenizer-few-ids-beyond", "tokenizer.json", few)
         else:
-            place.append(f"{text}; {whose}")
+            code = "tokenizer-ids-beyond-as-in-source" if as_in_source else "tokenizer-ids-beyond"
+            report.add(code, "tokenizer.json", f"{text}; {whose}")
     for key in ("image_token_id", "image_token_index"):
         value = result.config.get(key)
         if isinstance(value, int) and value >= 0 and value not in ids | added:
-            place.append(f"tokenizer.json: it has no id {value}, config.json's {key}; {whose}")
+            code = "token-id-missing-as-in-source" if as_in_source else "token-id-missing"
+            report.add(code, "tokenizer.json", f"tokenizer.json: it has no id {value}, config.json's {key}; {whose}")
 
 
-def _say_unservable(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
-    """What a server cannot start without, and exporters forget; a source that lacks it too is its makers' business."""
+def _check_server_files(result: Checkpoint, source: Checkpoint | None, report: Report) -> None:
+    """The files that a server cannot start without are there; exporters forget some.
+
+    Where the source lacks one too, that is its makers' business.
+    """
     missing: list[tuple[str, tuple[str, ...]]] = []
     own = any(any(result.root.glob(pattern)) for pattern in ("*.tiktoken", "*.model", "tokenization_*.py"))
     if not own and not any((result.root / name).exists() for name in TOKENIZERS):
@@ -63,9 +69,14 @@ def _say_unservable(result: Checkpoint, source: Checkpoint | None, report: Repor
     if "vision_config" in result.config and not any((result.root / name).exists() for name in PROCESSORS):
         missing.append(("image processor", PROCESSORS))
     for what, names in missing:
-        had = source is not None and any((source.root / name).exists() for name in names)
-        where = report.problems if had or (source is None and read_identity(result.root) is None) else report.notes
-        where.append(f"{names[0]}: there is no {what}, without which vLLM does not start; copy it from the source")
+        remedy = "copy it from the source"
+        if source is None:
+            code = "server-file-missing"
+        elif any((source.root / name).exists() for name in names):
+            code = "server-file-lost"
+        else:
+            code, remedy = "server-file-not-in-source", "the source does not have it either; add it to both"
+        report.add(code, names[0], f"{names[0]}: there is no {what}, without which vLLM does not start", remedy)
 
 
 def _token_ids(path: Path) -> tuple[set[int], set[int]] | None:
@@ -79,7 +90,7 @@ def _token_ids(path: Path) -> tuple[set[int], set[int]] | None:
         return None
 
 
-def check_config(result: Checkpoint, source: Checkpoint, made_here: bool, report: Report) -> str:
+def check_config(result: Checkpoint, source: Checkpoint, report: Report) -> str:
     """Hold config.json and the small files against the source's."""
     ours, theirs = (
         {key: value for key, value in config.items() if key != "quantization_config"}
@@ -87,28 +98,28 @@ def check_config(result: Checkpoint, source: Checkpoint, made_here: bool, report
     )
     if ours != theirs:
         changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-        if not made_here and set(changed) <= {"transformers_version", "_name_or_path"}:
-            report.notes.append(
-                f"config.json differs from the source's in {', '.join(changed)}, which says who wrote it"
-            )
+        if not report.produced_here and set(changed) <= {"transformers_version", "_name_or_path"}:
+            text = f"config.json differs from the source's in {', '.join(changed)}, which says who wrote it"
+            report.add("config-writer-differs", "config.json", text)
         elif _means_the_same(result, source):
-            report.notes.append(
-                f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's"
-            )
+            text = f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's"
+            report.add("config-rewritten", "config.json", text)
         else:
-            report.problems.append(f"config.json differs from the source's in {', '.join(changed)}")
+            text = f"config.json differs from the source's in {', '.join(changed)}"
+            report.add("config-differs", "config.json", text)
     same = 0
     for name in source.sidecars:
         path = result.root / name
         if name == "config.json":
             continue
-        grave = made_here or _is_served(name)
         if not path.exists():
-            (report.problems if grave else report.notes).append(f"{name}: the source has it, the checkpoint does not")
+            code = "served-file-lost" if _is_served(name) else "file-lost"
+            report.add(code, name, f"{name}: the source has it, the checkpoint does not")
         elif path.read_bytes() == (source.root / name).read_bytes():
             same += 1
-        elif made_here or not _says_the_same(path, source.root / name):
-            (report.problems if grave else report.notes).append(f"{name}: it differs from the source's")
+        elif report.produced_here or not _says_the_same(path, source.root / name):  # this tool copies bytes
+            code = "served-file-differs" if _is_served(name) else "file-differs"
+            report.add(code, name, f"{name}: it differs from the source's")
     return f"config as the source's, {same} of {len(source.sidecars) - 1} small files byte for byte"
 
 

@@ -12,13 +12,19 @@ from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import Selection, expert_modules, is_linear_shaped
 from pipeline.verify.report import Report
 
+IGNORE_CODES = {
+    "fp8 ignored": "fp8-weight-ignored",
+    "plain not ignored": "plain-weight-not-ignored",
+    "idle name": "ignore-entry-idle",
+    "idle pattern": "ignore-pattern-idle",  # exporters list those for parts that a model may not have
+}
+
 
 def check_ignore(
     result: Checkpoint,
     selection: Selection,
     section: dict[str, Any],
     ignore: IgnoreList,
-    made_here: bool,
     report: Report,
 ) -> str:
     """Every plain linear weight is ignored by the config, no FP8 weight is, and no entry matches nothing."""
@@ -27,7 +33,7 @@ def check_ignore(
         for name, tensor in result.tensors.items()
         if is_linear_shaped(tensor)
         and selection.choices[name].role != "embedding"
-        and (made_here or not _may_be_embedding(name, selection))
+        and (report.produced_here or not _may_be_embedding(name, selection))
         and (tensor.dtype == FP8 or targeted(name.removesuffix(".weight"), section))
     }
     modules = {name.rpartition(".")[0] for name in result.tensors}
@@ -36,23 +42,23 @@ def check_ignore(
         if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
             for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
                 modules.update(module for module, _, _ in parts)
-    if not made_here:  # others list the names that transformers has; vLLM translates those as well
+    if not report.produced_here:  # others list the names that transformers has; vLLM translates those as well
         linears = {
             next((alias for alias in aliases(name) if alias in ignore), name) if name not in ignore else name: dtype
             for name, dtype in linears.items()
         }
         modules |= {alias for name in modules for alias in aliases(name)}
     for problem in ignore.problems(linears, modules):
-        idle = problem.endswith("matches nothing in this checkpoint") and not made_here
-        harmless = idle and (_is_broad(problem) or str(section.get("quant_method")).startswith("modelopt"))
-        (report.notes if harmless else report.problems).append(problem)
+        report.add(IGNORE_CODES[problem.kind], problem.subject, problem.text)
     table = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "embedding"]
     if table:
-        report.problems.append(f"{table[0]}: an embedding in FP8, which vLLM would take for plain weights")
+        text = f"{table[0]}: an embedding in FP8, which vLLM would take for plain weights"
+        report.add("embedding-quantized", table[0], text)
     _check_renamed(result, ignore, linears, report)
     outside = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "outside"]
     if outside:
-        report.notes.append(f"{outside[0]}: {len(outside)} weights outside the language model are FP8")
+        text = f"{outside[0]}: {len(outside)} weights outside the language model are FP8"
+        report.add("outside-quantized", outside[0], text)
     plain = sum(dtype != FP8 for dtype in linears.values())
     return f"{plain} plain linear weights: the config ignores each, and no FP8 weight"
 
@@ -83,11 +89,6 @@ def aliases(module: str) -> Iterator[str]:
             yield new + module.removeprefix(old)
 
 
-def _is_broad(problem: str) -> bool:
-    """Whether an idle entry is a pattern: exporters list those for parts that a model may not have."""
-    return "'re:" in problem or "*" in problem
-
-
 def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, str], report: Report) -> None:
     """Regular expressions that cover Qwen's vision tower under the checkpoint's name alone.
 
@@ -102,8 +103,11 @@ def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, st
         if dtype == FP8 or not name.startswith("model.visual.") or not ignore.by_pattern(name):
             continue
         if alias not in ignore:
-            report.problems.append(
+            report.add(
+                "ignore-misses-vllm-name",
+                name,
                 f"{name}: the config ignores it by a pattern that misses {alias}, as vLLM calls it; it would cast "
-                "these weights to FP8: write re:.*visual.*, or every name"
+                "these weights to FP8",
+                "write re:.*visual.*, or every name",
             )
             return

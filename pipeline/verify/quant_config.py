@@ -12,41 +12,48 @@ from pipeline.verify.report import Report
 PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
 
 
-def check_section(section: dict[str, Any], method: Method, made_here: bool, report: Report) -> IgnoreList:
+def check_section(section: dict[str, Any], method: Method, report: Report) -> IgnoreList:
     """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
     groups = section.get("config_groups")
     found = list(groups.values()) if isinstance(groups, dict) else []
     odd = [group["format"] for group in found if isinstance(group, dict) and group.get("format") not in PLAIN_FORMATS]
     if odd:
-        report.problems.append(f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized")
-    unsaid = method is MODELOPT and not groups and not made_here  # vLLM does not look at them there
+        text = f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized"
+        report.add("group-format-unknown", f"{SECTION}.config_groups", text)
+    unsaid = method is MODELOPT and not groups and not report.produced_here  # vLLM does not look at them there
     if not unsaid and (not found or not all(group_fits(group, method) for group in found)):
         how = (
             "FP8 with a static scale a tensor, and so their inputs"
             if method.static_inputs
             else "FP8 with a scale a row and activations FP8 per token"
         )
-        report.problems.append(
-            f"quantization_config.config_groups: they do not say that Linear weights are {how}: vLLM would read the "
-            "scales wrongly"
+        report.add(
+            "groups-do-not-fit",
+            f"{SECTION}.config_groups",
+            f"{SECTION}.config_groups: they do not say that Linear weights are {how}: vLLM would read the scales "
+            "wrongly",
         )
     for key in ("transform_config", "sparsity_config"):
         if section.get(key):
-            report.problems.append(
-                f"{SECTION}.{key}: vLLM would apply it to weights that are FP8 and nothing else; whoever made this "
-                "checkpoint must say why it is there"
+            report.add(
+                "transform-unexpected",
+                f"{SECTION}.{key}",
+                f"{SECTION}.{key}: vLLM would apply it to weights that are FP8 and nothing else",
+                "whoever made this checkpoint must say why it is there",
             )
     if method.name == "compressed-tensors" and section.get("format") not in PLAIN_FORMATS[1:]:
-        report.problems.append(f"quantization_config.format is {section.get('format')!r}, not float-quantized")
+        text = f"{SECTION}.format is {section.get('format')!r}, not float-quantized"
+        report.add("section-format-wrong", f"{SECTION}.format", text)
     if method is MODELOPT and section.get("quant_algo") != "FP8":
-        report.problems.append(f"quantization_config.quant_algo is {section.get('quant_algo')!r}, not FP8")
+        text = f"{SECTION}.quant_algo is {section.get('quant_algo')!r}, not FP8"
+        report.add("quant-algo-wrong", f"{SECTION}.quant_algo", text)
     entries = section.get("ignore") or []
     try:
         if not isinstance(entries, list):
             raise ValueError(f"{entries!r} is no list")
-        return IgnoreList(entries, method.name, loose=not made_here)
+        return IgnoreList(entries, method.name, loose=not report.produced_here)
     except ValueError as error:
-        report.problems.append(f"quantization_config.ignore: {error}")
+        report.add("ignore-list-invalid", f"{SECTION}.ignore", f"{SECTION}.ignore: {error}")
         return IgnoreList([])
 
 
@@ -57,12 +64,14 @@ def check_hf_quant_config(result: Checkpoint, section: dict[str, Any], report: R
         return
     old = read_json(path).get("quantization")
     if not isinstance(old, dict):
-        report.problems.append("hf_quant_config.json: its quantization is no object; vLLM may fail over it")
+        text = f"{OLD_FILE}: its quantization is no object; vLLM may fail over it"
+        report.add("hf-quant-config-invalid", OLD_FILE, text)
         return
     ours = (section.get("quant_algo"), _as_set(section.get("ignore")), bool(section.get("kv_cache_scheme")))
     theirs = (old.get("quant_algo"), _as_set(old.get("exclude_modules")), bool(old.get("kv_cache_quant_algo")))
     if ours != theirs:
-        report.problems.append("hf_quant_config.json: it says something else than config.json's quantization_config")
+        text = f"{OLD_FILE}: it says something else than config.json's {SECTION}"
+        report.add("hf-quant-config-differs", OLD_FILE, text)
 
 
 def _as_set(entries: Any) -> set[str]:

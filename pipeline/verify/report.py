@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""What a verification found: findings as data, in a report that knows whose checkpoint it is about."""
 
 from __future__ import annotations
 
@@ -6,17 +6,42 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.verify.codes import CODES, FindingLevel
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check found.
+
+    Attributes:
+        code: what kind of thing, a key of `CODES`.
+        subject: the tensor, module, file, part of the config, option or prompt that it is about, the first where there
+            are several; empty for the checkpoint as a whole.
+        text: a sentence that says it; it names the subject itself.
+        remedy: what to do about it; None where nothing general can be said.
+    """
+
+    code: str
+    subject: str
+    text: str
+    remedy: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The line for a reader."""
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
+
 
 @dataclass
 class Report:
-    """What was checked, and what is wrong.
+    """What was checked, and what was found.
 
     Attributes:
         checkpoint: its directory, or the name it will have.
         source: what it was held against.
+        produced_here: whether this tool produced the checkpoint, which decides on the level of findings.
         checked: what is in order, a sentence each.
-        problems: what is wrong.
-        notes: what a careful user should know.
+        findings: problems and notes, in the order in which they were found.
         proven_in_vllm: whether vLLM itself said yes, at `level` load or generate.
         level: how far the checks came.
         asked: how far they were to come.
@@ -25,13 +50,45 @@ class Report:
 
     checkpoint: str
     source: str | None
+    produced_here: bool = False
     checked: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     proven_in_vllm: bool = False
     level: str = "structure"
     asked: str = "structure"
     vllm: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, code: str, subject: str, text: str, remedy: str | None = None) -> None:
+        """Add a finding, unless `CODES` says that it is not looked for in such a checkpoint.
+
+        Raises:
+            KeyError: `CODES` does not have the code.
+        """
+        self.take(Finding(code, subject, text, remedy))
+
+    def take(self, finding: Finding) -> None:
+        """As `add`, of a finding that is there already."""
+        if self.level_of(finding) is not None:
+            self.findings.append(finding)
+
+    def include(self, other: Report) -> None:
+        """Add what another report on the same checkpoint holds."""
+        self.checked += other.checked
+        self.findings += other.findings
+
+    def level_of(self, finding: Finding) -> FindingLevel | None:
+        """Whether a finding is a problem in this checkpoint, or a note."""
+        return CODES[finding.code].level(self.produced_here)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, a sentence each."""
+        return [finding.sentence for finding in self.findings if self.level_of(finding) == "problem"]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a careful user should know, a sentence each."""
+        return [finding.sentence for finding in self.findings if self.level_of(finding) == "note"]
 
     @property
     def passed(self) -> bool:
@@ -48,6 +105,16 @@ class Report:
                 "checked": self.checked,
                 "problems": self.problems,
                 "notes": self.notes,
+                "findings": [
+                    {
+                        "code": finding.code,
+                        "level": self.level_of(finding),
+                        "subject": finding.subject,
+                        "text": finding.text,
+                        "remedy": finding.remedy,
+                    }
+                    for finding in self.findings
+                ],
                 "proven_in_vllm": self.proven_in_vllm,
                 "level": self.level,
                 "asked": self.asked,

@@ -1,7 +1,6 @@
 """The structural check of a checkpoint: what can be known without vLLM.
 
-Every finding is a sentence about what is wrong. `contents` reads the tensors themselves; without it only
-headers, config and scales are read.
+`contents` reads the tensors themselves; without it only headers, config and scales are read.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from pipeline.verify.ignore_list import check_ignore
 from pipeline.verify.kv_cache import check_cache
 from pipeline.verify.quant_config import check_hf_quant_config, check_section
 from pipeline.verify.report import Report
-from pipeline.verify.scales import check_foreign_scales, check_scales
+from pipeline.verify.scales import check_scales, check_scales_of_any_layout
 
 
 def check_structure(directory: Path, source: Checkpoint | None = None, contents: bool = False) -> Report:
@@ -46,21 +45,25 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         source: what it was made from; every tensor of it must be accounted for.
         contents: also read every byte: against the hashes that the run recorded, and against the source.
     """
-    report = Report(str(directory), source.label if source else None)
+    report = _report_on(directory, source)
     try:
         result = open_checkpoint(directory)
     except (SourceError, OSError) as error:
-        report.problems.append(str(error))
+        report.add("checkpoint-unreadable", "", str(error))
         return report
     report.checked.append(f"{len(result.shards)} shard(s): headers, lengths and index agree")
     _run(report, "config.json", _check_all, result, source, contents, report)
     return report
 
 
+def _report_on(directory: Path, source: Checkpoint | None) -> Report:
+    """An empty report, which knows whether this tool produced the checkpoint."""
+    return Report(str(directory), source.label if source else None, read_identity(directory) is not None)
+
+
 def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, report: Report) -> None:
-    made_here = read_identity(result.root) is not None
     section = quantization_section(result)
-    method = _method(result, section, made_here, report)
+    method = _method(result, section, report)
     if section is None and report.problems:
         return
     selection = _selection(result, method, report)
@@ -71,19 +74,19 @@ def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, re
 
     if section is not None and method is not None:
         run("scales", check_scales, result, method, report)
-        ignore = check_section(section, method, made_here, report)
+        ignore = check_section(section, method, report)
         if selection is not None:
-            run("ignore list", check_ignore, result, selection, section, ignore, made_here, report)
+            run("ignore list", check_ignore, result, selection, section, ignore, report)
     elif section is not None:
-        run("scales", check_foreign_scales, result, section, report)
+        run("scales", check_scales_of_any_layout, result, section, report)
     if section is not None and selection is not None:
-        run("KV-cache scales", check_cache, result, selection, section, method, made_here, report)
+        run("KV-cache scales", check_cache, result, selection, section, method, report)
     run("tokenizer", check_tokenizer, result, selection, source, report)
     if method is MODELOPT and section is not None:
         run(OLD_FILE, check_hf_quant_config, result, section, report)
     if source is not None:
-        run("tensors", check_accounts, result, source, ignore, section, method, made_here, report)
-        run("config", check_config, result, source, made_here, report)
+        run("tensors", check_accounts, result, source, ignore, section, method, report)
+        run("config", check_config, result, source, report)
     if contents:
         from pipeline.verify.contents import check_bytes, check_hashes, check_numbers
 
@@ -97,7 +100,7 @@ def read_back(result: Checkpoint, stop: threading.Event) -> Report:
     """Every byte of a result against the hashes that its run recorded while writing, until `stop` is set."""
     from pipeline.verify.contents import check_hashes
 
-    report = Report(str(result.root), None)
+    report = _report_on(result.root, None)
     _run(report, "hashes", check_hashes, result, report, stop)
     return report
 
@@ -109,65 +112,63 @@ def _run(report: Report, what: str, check: Callable[..., str | None], *args: Any
     try:
         said = check(*args)
     except (SourceError, OSError) as error:
-        report.problems.append(f"{what}: it cannot be checked: {error}")
+        report.add("check-unreadable", what, f"{what}: it cannot be checked: {error}")
         return
-    except Exception as error:  # a stranger's config may hold anything, and a check ends over it in any way
-        text = f"{type(error).__name__}: {error}"
-        report.problems.append(f"{what}: it cannot be checked, a value is not what it should be: {text}")
+    except Exception as error:  # a third party's config may hold anything, and a check ends over it in any way
+        cause = f"{type(error).__name__}: {error}"
+        text = f"{what}: it cannot be checked, a value is not what it should be: {cause}"
+        report.add("check-value-unexpected", what, text)
         return
     if said is not None and len(report.problems) == before:
         report.checked.append(said)
 
 
-def _method(result: Checkpoint, section: dict[str, Any] | None, made_here: bool, report: Report) -> Method | None:
-    """The layout that the config describes, and a word to the reader where there is none that is known here."""
-    if section is not None:
-        if made_here:
-            names = {"compressed-tensors": COMPRESSED, "modelopt": MODELOPT}
-            if found := names.get(str(section.get("quant_method"))):
-                return found
-            report.problems.append(f"quant_method {section.get('quant_method')!r} is none that this program writes")
-        method = method_of(section)
-        if method is None:
-            report.notes.append(
-                f"the layout of {describe(section)} is not known here: files, scales, numbers and what stays as it is "
-                "are checked; whether it can be served says vLLM's load check alone"
-            )
-        return method
+def _method(result: Checkpoint, section: dict[str, Any] | None, report: Report) -> Method | None:
+    """The layout that the config describes; where it is none that is known here, the report says so."""
+    if section is None:
+        _check_unquantized(result, report)
+        return None
+    if report.produced_here:
+        names = {"compressed-tensors": COMPRESSED, "modelopt": MODELOPT}
+        if found := names.get(str(section.get("quant_method"))):
+            return found
+    said = section.get("quant_method")
+    report.add("quant-method-unknown", SECTION, f"quant_method {said!r} is none that this program writes")
+    method = method_of(section)
+    if method is None:
+        report.add(
+            "layout-unknown",
+            SECTION,
+            f"the layout of {describe(section)} is not known here: files, scales, numbers and what stays as it is "
+            "are checked; whether it can be served says vLLM's load check alone",
+        )
+    return method
+
+
+def _check_unquantized(result: Checkpoint, report: Report) -> None:
+    """A checkpoint whose config describes no quantization has no tensors that only quantization writes."""
     codes = [tensor for tensor in result.tensors.values() if tensor.dtype in PACKED and len(tensor.shape) > 1]
-    if codes or made_here:
-        what = f"take the {codes[0].dtype} codes for plain weights" if codes else "serve it as it is"
-        report.problems.append(
-            f"{codes[0].name if codes else 'config.json'}: config.json has no {SECTION}: vLLM takes the checkpoint for "
-            f"unquantized and would {what}"
+    if codes:
+        report.add(
+            "section-missing",
+            codes[0].name,
+            f"{codes[0].name}: config.json has no {SECTION}: vLLM takes the checkpoint for unquantized and would take "
+            f"the {codes[0].dtype} codes for plain weights",
         )
     elif result.config.get(SECTION) not in (None, {}):
-        report.problems.append(f"config.json: its {SECTION} is {result.config[SECTION]!r}, and no object")
+        text = f"config.json: its {SECTION} is {result.config[SECTION]!r}, and no object"
+        report.add("section-not-object", SECTION, text)
     else:
-        report.notes.append(f"it is not quantized: config.json has no {SECTION}, and no tensor holds codes")
-    return None
+        text = f"it is not quantized: config.json has no {SECTION}, and no tensor holds codes"
+        report.add("not-quantized", "config.json", text)
 
 
 def _selection(result: Checkpoint, method: Method | None, report: Report) -> Selection | None:
+    """What each tensor is for; None where its layers cannot be found."""
     try:
         return select(result)
     except SourceError as error:
         # packed weights hide the linear layers of other layouts
         if method is not None or not any(tensor.dtype in ("I32", "U8") for tensor in result.tensors.values()):
-            report.problems.append(str(error))
+            report.add("layers-unknown", "", str(error))
         return None
-
-
-# --- scales ------------------------------------------------------------------------------------------
-
-
-# --- config ------------------------------------------------------------------------------------------
-
-
-# --- the KV cache ------------------------------------------------------------------------------------
-
-
-# --- the ignore list ---------------------------------------------------------------------------------
-
-
-# --- against the source ------------------------------------------------------------------------------

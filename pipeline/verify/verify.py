@@ -69,7 +69,7 @@ def verify(
     if level == "structure":
         return report
     if session is None:
-        report.notes.append(f"not proven in vLLM: none is installed; {HOW_TO_GET}")
+        report.add("vllm-missing", "", "not proven in vLLM: none is installed", HOW_TO_GET)
         return report
     try:
         result = open_checkpoint(directory)
@@ -79,22 +79,22 @@ def verify(
     server = session.server
     say(f"loading it in {server.name}")
     alone = engine or (level == "generate" and baseline is None)
-    made_here = read_identity(result.root) is not None
-    kept = made_here and not contents and not engine  # a smoke test's result is not kept
+    kept = report.produced_here and not contents and not engine  # a smoke test's result is not kept
     with _Reading(result if kept else None, report):
         loaded, loads = _load(result, baseline, session, report, alone)
     if not loaded:
         return report
     report.proven_in_vllm = not report.problems
     if level == "load" and not engine and (why := _no_kernel(server, loads)):
-        report.notes.append(f"not run: {why}")
-    if level == "generate" and not report.passed and made_here:
-        report.notes.append("not generated: what is wrong is to be mended first")
+        report.add("generation-impossible", "", f"not run: {why}")
+    if level == "generate" and not report.passed and report.produced_here:
+        report.add("generation-after-problems", "", "not generated: what is wrong is to be fixed first")
     elif level == "generate":
         if baseline is None:
-            report.notes.append("answers are held against the source's where it is named (--source)")
+            text = "answers are held against the source's where it is named (--source)"
+            report.add("generation-without-source", "", text)
         elif why := _cannot_generate(result, baseline, server, loads):
-            report.notes.append(f"not generated: {why}")
+            report.add("generation-impossible", "", f"not generated: {why}")
         else:
             say(f"generating in {server.name}")
             _generate(result, baseline, session, report)
@@ -117,9 +117,7 @@ class _Reading:
     def __exit__(self, kind: object, *error: object) -> None:
         try:
             if kind is None and self.result is not None:
-                found = self.found.result()
-                self.report.problems += found.problems
-                self.report.checked += found.checked
+                self.report.include(self.found.result())
         finally:
             self.stop.set()  # an interruption may come while this waits
             self.pool.shutdown()
@@ -193,19 +191,22 @@ def _judge_answer(
     """The engine's word on a checkpoint whose source is not asked: it answers, and with numbers."""
     server = session.server
     if answer is None:
-        report.notes.append(f"not generated: {server.name} has not the memory for it here")
+        text = f"not generated: {server.name} does not have the memory for it here"
+        report.add("generation-impossible", "", text)
     elif answer["error"] and (why := _no_kernel(server, loads)):
-        report.notes.append(f"not generated: {why}")
+        report.add("generation-impossible", "", f"not generated: {why}")
     elif answer.get("cut_off"):
-        report.notes.append(f"not generated: vLLM's engine was given up: {answer['error']}")
+        text = f"not generated: vLLM's engine was given up: {answer['error']}"
+        report.add("generation-given-up", "", text)
     elif answer["error"] and _lacks(server, answer["error"]):
-        report.notes.append(f"not generated: this build of vLLM, for CPUs, has no kernel for it: {answer['error']}")
+        _add_no_kernel(answer["error"], report)
     elif answer["error"] and source is not None and (same := _fails_too(source, session)):
-        report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
+        _add_source_fails_too(same, report)
     elif answer["error"]:
-        report.problems.append(f"vLLM's engine fails: {answer['error']}")
+        report.add("engine-fails", "", f"vLLM's engine fails: {answer['error']}")
     elif not all(math.isfinite(value) for entry in answer["completions"] for value in entry["logprobs"]):
-        report.problems.append("vLLM's engine answers with log-probabilities that are no numbers")
+        text = "vLLM's engine answers with log-probabilities that are no numbers"
+        report.add("engine-not-finite", "", text)
     else:
         count = sum(len(entry["tokens"]) for entry in answer["completions"])
         report.checked.append(f"{server.name} generates from it: {count} tokens, all log-probabilities finite")
@@ -213,14 +214,28 @@ def _judge_answer(
     report.proven_in_vllm = report.passed
 
 
+def _add_no_kernel(error: str, report: Report) -> None:
+    """The engine's error, where a CPU build has no kernel for the checkpoint."""
+    text = f"not generated: this build of vLLM, for CPUs, has no kernel for it: {error}"
+    report.add("vllm-no-kernel", "", text)
+
+
+def _add_source_fails_too(error: str, report: Report) -> None:
+    """The engine's error over the source with an FP8 cache."""
+    text = f"not generated: this vLLM runs no FP8 cache for the source either: {error}"
+    report.add("vllm-cannot-run-source", "", text)
+
+
 def _judge_profile(record: dict[str, Any], result: Checkpoint, server: Server, report: Report) -> None:
     cache = str((record.get("parsed") or {}).get("kv_cache_dtype"))
     if cache.startswith("fp8") and not has_cache_scales(result):
-        report.problems.append(f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0")
+        text = f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0"
+        report.add("serve-config-unscaled", PROFILE, text)
     if record["error"]:
-        report.notes.append(f"{PROFILE}: not held against {server.name}: {record['error']}")
+        text = f"{PROFILE}: not held against {server.name}: {record['error']}"
+        report.add("serve-config-not-checked", PROFILE, text)
     elif record["problem"]:
-        report.problems.append(f"{PROFILE}: {server.name} refuses it: {record['problem']}")
+        report.add("serve-config-refused", PROFILE, f"{PROFILE}: {server.name} refuses it: {record['problem']}")
     else:
         report.checked.append(f"{PROFILE}: {server.name} takes its arguments")
 
@@ -283,10 +298,12 @@ def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, repor
     job = {**_engine_job(source, ANSWER, SCORED), "dtype": _dtype(result)}
     (before,) = _tried(session, [{**job, "kv": "auto"}], _patience(source))
     if _no_session(before):
-        report.problems.append(f"vLLM could not be run: {before['error']}; mend its environment and verify again")
+        remedy = "fix its environment and verify again"
+        report.add("vllm-not-run", "", f"vLLM could not be run: {before['error']}", remedy)
         return
     if before["error"]:
-        report.notes.append(f"not generated: this vLLM does not run the source: {before['error']}")
+        text = f"not generated: this vLLM does not run the source: {before['error']}"
+        report.add("vllm-cannot-run-source", "", text)
         return
     job["completions"] = [entry["tokens"] for entry in before["completions"]]
     path = str(result.root.absolute())
@@ -296,19 +313,19 @@ def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, repor
         if not run["error"]:
             continue
         if run.get("cut_off"):
-            report.problems.append(
-                f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
-            )
+            text = f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
+            report.add("engine-dies", f"--kv-cache-dtype {kv}", text)
         elif _lacks(session.server, run["error"]):
-            report.notes.append(f"not generated: this build of vLLM, for CPUs, has no kernel for it: {run['error']}")
+            _add_no_kernel(run["error"], report)
         elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, session)):
-            report.notes.append(f"not generated: this vLLM runs no FP8 cache for the source either: {same}")
+            _add_source_fails_too(same, report)
         else:
-            report.problems.append(f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}")
+            text = f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}"
+            report.add("engine-fails", f"--kv-cache-dtype {kv}", text)
         return
     names = [*(f"{prompt!r}" for prompt in job["prompts"]), *([IMAGE] if job["image"] else [])]
     figures = judge_generation(runs, before, names, report)
-    _same_scales(report, runs)
+    _check_engine_scales(report, runs)
     report.level, report.proven_in_vllm = "generate", report.passed
     report.vllm["generated"] = figures
 
@@ -322,16 +339,16 @@ def _tried(session: VllmWorker, jobs: list[dict[str, Any]], seconds: float) -> l
     return runs
 
 
-def _same_scales(report: Report, runs: dict[str, dict[str, Any]]) -> None:
-    """The scales in the running engine, against those of the load check."""
+def _check_engine_scales(report: Report, runs: dict[str, dict[str, Any]]) -> None:
+    """The engine runs with the scales that the load check saw."""
     for kv, run in runs.items():
         loaded = {layer["name"]: layer for layer in report.vllm["loads"][kv]["attention"]}
         for layer in run["attention"]:
             for key in ("k_scale", "v_scale", "q_scale"):
                 if layer[key] != loaded[layer["name"]][key]:
-                    report.problems.append(
-                        f"{layer['name']}: the engine runs with {key} {layer[key]}, not {loaded[layer['name']][key]}"
-                    )
+                    name, seen = layer["name"], loaded[layer["name"]][key]
+                    text = f"{name}: the engine runs with {key} {layer[key]}, not {seen}"
+                    report.add("engine-scale-differs", name, text)
 
 
 def _cannot_generate(

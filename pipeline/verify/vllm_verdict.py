@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, SourceError
@@ -18,12 +19,16 @@ from pipeline.checkpoint.values import scalar
 from pipeline.formats.methods import promised_cache
 from pipeline.journal import read_identity
 from pipeline.model.selection import select
-from pipeline.verify.report import Report
+from pipeline.verify.report import Finding, Report
 
 ABOUT_SCALES = re.compile(r"scal(e|ing)|dtype|calibrat", re.IGNORECASE)
 ROUNDING = 2.0**-8  # of a scale that becomes BF16
 NO_KERNEL = re.compile(
     r"Failed to find a kernel|Unknown quantization method|not supported on (the )?(current|CPU)", re.I
+)
+REPAIR = (
+    "fix its environment and run the same command again, or choose verify: structure, which proves nothing about "
+    "serving"
 )
 MAX_RATIO = 1.1  # of perplexities in one engine; 8 bits cost a percent, a wrong scale much more
 MAX_DROP = 1.0  # nats a token, over the source's own greedy answer
@@ -48,47 +53,50 @@ def judge_load(
         if not load["error"]:
             continue
         if load.get("lost"):
-            report.problems.append(
-                f"vLLM could not be run: {load['error']}; mend its environment and run the same command again, or "
-                "choose verify: structure, which proves nothing about serving"
-            )
-        elif (
-            baseline is not None and baseline["error"] and not baseline.get("lost")
-        ):  # vLLM's own word, not a lost process
-            report.notes.append(f"not proven: this vLLM does not load the source either: {baseline['error']}")
+            report.add("vllm-not-run", "", f"vLLM could not be run: {load['error']}", REPAIR)
+        elif baseline is not None and baseline["error"] and not baseline.get("lost"):  # vLLM's own word on it
+            text = f"not proven: this vLLM does not load the source either: {baseline['error']}"
+            report.add("vllm-cannot-load-source", "", text)
         elif load.get("platform") == "cpu" and NO_KERNEL.search(load["error"]):
-            report.notes.append(f"not proven: this build of vLLM, for CPUs, has no kernel for it: {load['error']}")
+            text = f"not proven: this build of vLLM, for CPUs, has no kernel for it: {load['error']}"
+            report.add("vllm-no-kernel", "", text)
         elif kv != "auto" and promised is None:
-            report.problems.append(f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}")
+            text = f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}"
+            report.add("vllm-cannot-start", f"--kv-cache-dtype {kv}", text)
             del sound[kv]
             continue
         else:
-            report.problems.append(f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}")
+            text = f"vLLM cannot load it with --kv-cache-dtype {kv}: {load['error']}"
+            report.add("vllm-cannot-load", f"--kv-cache-dtype {kv}", text)
         return False
     before = baseline if baseline is not None and not baseline["error"] else None
     found = {
         kv: list(_findings(result, load, before, "fp8" if kv == "fp8" else promised)) for kv, load in sound.items()
     }
     for kv, findings in found.items():
-        for weight, text in findings:
-            everywhere = all((weight, text) in other for other in found.values())
-            line = text if everywhere else f"with --kv-cache-dtype {kv}: {text}"
-            place = report.problems if weight == "problem" else report.notes
-            if line not in place:
-                place.append(line)
+        for finding in findings:
+            if not all(finding in others for others in found.values()):
+                finding = replace(finding, text=f"with --kv-cache-dtype {kv}: {finding.text}")
+            if finding not in report.findings:
+                report.take(finding)
     attention = next(iter(sound.values()))["attention"]
     if promised is None and "fp8" not in loads:
-        report.notes.append(
-            f"no KV scales: serve it with --kv-cache-dtype auto; with fp8 the attention of {len(attention)} layers "
-            "would run at KV scale 1.0"
+        report.add(
+            "kv-scales-absent",
+            "",
+            f"no KV scales: with --kv-cache-dtype fp8 the attention of {len(attention)} layers would run at KV scale "
+            "1.0",
+            "serve it with --kv-cache-dtype auto",
         )
     elif not attention:
-        report.notes.append("vLLM runs this model's attention in a way whose scales are not looked at here")
-    _say_loaded(sound, "fp8" in sound and bool(attention), report)
+        text = "vLLM runs this model's attention in a way whose scales are not looked at here"
+        report.add("attention-not-judged", "", text)
+    _add_loaded(sound, "fp8" in sound and bool(attention), report)
     return True
 
 
-def _say_loaded(loads: Mapping[str, dict[str, Any]], scaled: bool, report: Report) -> None:
+def _add_loaded(loads: Mapping[str, dict[str, Any]], scaled: bool, report: Report) -> None:
+    """Add to what is in order: how much vLLM took up, and with which scales its attention runs."""
     first = loads.get("fp8") or next(iter(loads.values()))
     methods = Counter(first["linears"].values())
     report.checked.append(
@@ -105,9 +113,6 @@ def _say_loaded(loads: Mapping[str, dict[str, Any]], scaled: bool, report: Repor
         )
 
 
-Finding = tuple[str, str]  # "problem" or "note", and the sentence
-
-
 def _findings(
     result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | None, cache: str | None
 ) -> Iterator[Finding]:
@@ -115,24 +120,23 @@ def _findings(
     yield from _names(result, load, before)
     if cache is not None:
         yield from _cache(result, load, cache)
-    strict = _ours(result)
     usual = set(before["warnings"]) if before else set()
     alike: dict[str, list[str]] = {}
     for line in load["warnings"]:
         if line not in usual and (before is not None or ABOUT_SCALES.search(line)):
             alike.setdefault(re.sub(r"\S*\d\S*", "", line), []).append(line)
     for lines in alike.values():
-        grave = strict and cache is not None and ABOUT_SCALES.search(lines[0])
+        about_scales = cache is not None and not _is_exact(result) and ABOUT_SCALES.search(lines[0])
         text = f"vLLM warns: {lines[0][:300]}" + (f" ({len(lines)} such lines)" if len(lines) > 1 else "")
         if "q scaling factor" in lines[0]:
             text += " (what it uses in truth is 1.0)"
-        yield "problem" if grave else "note", text
+        yield Finding("vllm-scale-warning" if about_scales else "vllm-warning", "", text)
 
 
-def _ours(result: Checkpoint) -> bool:
-    """Whether a run of this program made it for serving; ModelOpt's exact layout makes vLLM warn, and is asked for."""
-    identity = read_identity(result.root)
-    return identity is not None and not (identity.get("backend_options") or {}).get("exact")
+def _is_exact(result: Checkpoint) -> bool:
+    """Whether it was produced by this tool in ModelOpt's exact layout, which makes vLLM warn, and is asked for."""
+    identity = read_identity(result.root) or {}
+    return bool((identity.get("backend_options") or {}).get("exact"))
 
 
 def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | None) -> Iterator[Finding]:
@@ -140,14 +144,16 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
     cast = [entry for entry in load["crossed"] if not entry["stored"].startswith("F8")]
     plain = [entry for entry in load["crossed"] if entry["stored"].startswith("F8")]
     if cast:
-        yield (
-            "problem",
+        yield Finding(
+            "vllm-casts-weight",
+            cast[0]["tensor"],
             f"{cast[0]['tensor']}: {cast[0]['stored']} weights that vLLM casts to FP8 with a scale that nothing sets, "
             f"{_in_all(cast)}: the config's ignore list does not cover vLLM's {_module(cast[0]['parameter'])}",
         )
     if plain:
-        yield (
-            "problem",
+        yield Finding(
+            "vllm-fp8-as-plain",
+            plain[0]["tensor"],
             f"{plain[0]['tensor']}: FP8 codes that vLLM takes for {plain[0]['kept']} weights, {_in_all(plain)}: the "
             "config does not say that they are quantized",
         )
@@ -155,8 +161,9 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
     usual = set(before["unfilled"]) if before else set()
     unfilled = [name for name in load["unfilled"] if name not in usual and _module(name) not in told]
     if unfilled:
-        yield (
-            "problem",
+        yield Finding(
+            "vllm-parameter-unfilled",
+            unfilled[0],
             f"{unfilled[0]}: nothing in the checkpoint fills this parameter of vLLM's, {_in_all(unfilled)}; it would "
             "run with what memory held",
         )
@@ -165,24 +172,25 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
     partly = {name: part for name, part in partly.items() if _module(name) not in told}
     if partly:
         name, (filled, size) = next(iter(partly.items()))
-        yield "problem", f"{name}: the checkpoint fills {filled:,} of {size:,} values, {_in_all(partly)}"
+        text = f"{name}: the checkpoint fills {filled:,} of {size:,} values, {_in_all(partly)}"
+        yield Finding("vllm-parameter-partly-filled", name, text)
     usual_twice = set(before["twice"]) if before else set()
     twice = {name: tensors for name, tensors in load["twice"].items() if name not in usual_twice}
     if twice:
         name, tensors = next(iter(twice.items()))
-        yield "problem", f"{name}: {' and '.join(tensors[:2])} both fill this parameter of vLLM's, {_in_all(twice)}"
+        text = f"{name}: {' and '.join(tensors[:2])} both fill this parameter of vLLM's, {_in_all(twice)}"
+        yield Finding("vllm-parameter-filled-twice", name, text)
     lost = [name for name in load["unconsumed"] if before is None or name not in before["unconsumed"]]
     lost = [name for name in lost if _module(name) not in {_module(entry["tensor"]) for entry in load["crossed"]}]
     if before is None:
         needless = _needless(result, lost)
         if needless:
-            yield (
-                "note",
-                f"{needless[0]}: vLLM never takes it up, {_in_all(needless)} that no linear layer needs",
-            )
+            text = f"{needless[0]}: vLLM never takes it up, {_in_all(needless)} that no linear layer needs"
+            yield Finding("vllm-tensor-needless", needless[0], text)
         lost = [name for name in lost if name not in needless]
     if lost:
-        yield "problem", f"{lost[0]}: vLLM never takes this tensor up, {_in_all(lost)}"
+        text = f"{lost[0]}: vLLM never takes this tensor up, {_in_all(lost)}"
+        yield Finding("vllm-tensor-unused", lost[0], text)
 
 
 def _needless(result: Checkpoint, names: Sequence[str]) -> list[str]:
@@ -216,21 +224,24 @@ def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Fin
     other = [layer for layer in layers if not layer["cache"].startswith(cache)]
     if other:
         held = "BF16" if other[0]["cache"] == "auto" else other[0]["cache"]
-        yield "problem", f"{_attention(other)} will keep a cache in {held}, not in {cache.upper()} as it should"
+        text = f"{_attention(other)} will keep a cache in {held}, not in {cache.upper()} as it should"
+        yield Finding("vllm-cache-dtype-wrong", other[0]["name"], text)
     narrow = [layer for layer in layers if layer["cache"].startswith("fp8")]
     ones = [layer for layer in narrow if _is_one(layer["k_scale"]) and _is_one(layer["v_scale"])]
     if ones:
-        yield "problem", f"{_attention(ones)} will run at KV scale 1.0"
+        yield Finding("vllm-kv-scale-one", ones[0]["name"], f"{_attention(ones)} will run at KV scale 1.0")
     joint = [layer for layer in narrow if str(layer["from"]["k_scale"]).endswith(".kv_scale")]
     if joint:
-        yield "note", f"{_attention(joint)} has one kv_scale for keys and values, which newer vLLMs will not take"
+        text = f"{_attention(joint)} has one kv_scale for keys and values, which newer vLLMs will not take"
+        yield Finding("vllm-kv-scale-joint", joint[0]["name"], text)
     for key, word in (("k", "keys"), ("v", "values")):
         absent = [layer for layer in narrow if not layer["from"][f"{key}_scale"] and layer not in (*ones, *joint)]
         if absent:
             used = absent[0][f"{key}_scale"]
             other_s = f"{used:.4g}, the other's," if isinstance(used, float) else "the other's"
-            fate = f"run its {word} at scale 1.0" if _is_one(used) else f"use {other_s} for its {word}"
-            yield "problem", f"{_attention(absent)} has no {key}_scale: vLLM will {fate}"
+            instead = f"run its {word} at scale 1.0" if _is_one(used) else f"use {other_s} for its {word}"
+            text = f"{_attention(absent)} has no {key}_scale: vLLM will {instead}"
+            yield Finding("vllm-kv-scale-missing", absent[0]["name"], text)
     for key in ("k", "v", "q", "prob"):
         for layer in narrow:
             name, used = layer["from"][f"{key}_scale"], layer[f"{key}_scale"]
@@ -240,10 +251,12 @@ def _cache(result: Checkpoint, load: dict[str, Any], cache: str) -> Iterator[Fin
                 continue
             stored = scalar(result, result.tensors[name])
             if not abs(used - stored) <= ROUNDING * abs(stored):
-                yield "problem", f"{name}: it says {stored:.6g}, vLLM will use {used:.6g}"
+                text = f"{name}: it says {stored:.6g}, vLLM will use {used:.6g}"
+                yield Finding("vllm-scale-differs", name, text)
     without = [layer for layer in narrow if not layer["from"]["q_scale"]]
-    if without and _ours(result):  # of others' the structural check has noted it
-        yield "problem", f"{_attention(without)} will run queries at scale 1.0: no q_scale"
+    if without and not _is_exact(result):
+        text = f"{_attention(without)} will run queries at scale 1.0: no q_scale"
+        yield Finding("vllm-query-scale-missing", without[0]["name"], text)
 
 
 def _is_one(scale: Any) -> bool:
@@ -294,19 +307,24 @@ def judge_generation(
             "answers_of_source": [entry["text"] for entry in before["completions"]],
         }
         if math.isnan(ratio) or any(math.isnan(drop) for drop in drops):
-            report.problems.append(f"with --kv-cache-dtype {kv} the engine's log-probabilities are NaN")
+            text = f"with --kv-cache-dtype {kv} the engine's log-probabilities are NaN"
+            report.add("engine-not-finite", f"--kv-cache-dtype {kv}", text)
             continue
         if ratio > MAX_RATIO:
-            report.problems.append(
+            report.add(
+                "perplexity-too-high",
+                f"--kv-cache-dtype {kv}",
                 f"with --kv-cache-dtype {kv} the served perplexity is {ratio:.3f} times the source's "
                 f"({_exp(run['nll'] / run['counted']):.2f} against {_exp(base):.2f}); at most {MAX_RATIO} "
-                "passes as 8-bit rounding"
+                "passes as 8-bit rounding",
             )
         for prompt, drop in zip(prompts, drops, strict=True):
             if drop > MAX_DROP:
-                report.problems.append(
+                report.add(
+                    "answer-differs",
+                    prompt,
                     f"with --kv-cache-dtype {kv} the answer to {prompt} is another: the source's own is {drop:.2f} "
-                    "nats a token less likely"
+                    "nats a token less likely",
                 )
         report.checked.append(
             f"generated with --kv-cache-dtype {kv}: perplexity {ratio:.4f} times the source's over {run['counted']} "
