@@ -14,3 +14,4 @@ PY
 "$python" -m pipeline schema >recipes/recipe.schema.json
 "$python" -m pipeline.recipe.reference >docs/recipe.md
 "$python" -c 'from pipeline.doctor.finding import codes_page; print(codes_page(), end="")' >docs/doctor-codes.md
+"$python" -c 'from pipeline.verify.codes import codes_page; print(codes_page(), end="")' >docs/verify-codes.md
