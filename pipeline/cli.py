@@ -258,7 +258,7 @@ def recipes(name: str | None, output: Path | None, force: bool) -> None:
     if target.is_dir():
         target = target / f"{found.name}.yaml"
     if target.exists() and not force:
-        _fail(UsageError(f"{target}: it exists already; choose another file, or replace it with --force"))
+        _fail(UsageError(f"{target}: it exists already", remedy="choose another file, or replace it with --force"))
     _guarded(lambda: target.write_text(found.text(str(target)), encoding="utf-8"), NOTHING_KEPT)
     click.echo(f"{target}: {found.summary}")
 
