@@ -130,12 +130,12 @@ def test_saved_states_that_are_lost_cost_a_replay(
     )  # fmt: skip
     code = (
         "import sys, os, signal\n"
-        "from pipeline.calibration import layers\n"
-        "save = layers._Stream._save\n"
-        "def stop(self, hidden, unit):\n"
-        "    save(self, hidden, unit)\n"
-        "    if unit.index == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "layers._Stream._save = stop\n"
+        "from pipeline.stream import layers\n"
+        "save = layers._Snapshots.save\n"
+        "def stop(self, layer):\n"
+        "    save(self, layer)\n"
+        "    if layer == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "layers._Snapshots.save = stop\n"
         "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
     )
     environment = {**os.environ, "PIPELINE_SAVE_SECONDS": "0"}
