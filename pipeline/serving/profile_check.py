@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.result import PROFILE
+from pipeline.errors import UsageError
 from pipeline.plan.plan import Plan
 from pipeline.serving import profile
 from pipeline.vllm_env.environment import Server
