@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.backends.base import CalibratedBackend, Ranges
 from pipeline.calibration.placement import import_libraries, limit_device
@@ -61,7 +61,7 @@ def run_layers(plan: Plan, journal: Journal, log: EventLog, stop: threading.Even
     todo = [layer for layer in plan.layers if layer.unit not in journal.done]
     if not todo:
         return Totals()
-    imports = plan.calibration.imports + import_libraries(plan.backend.name)
+    imports = plan.calibration.imports + import_libraries(plan.backend.load_libraries)
     log.write("imports", seconds=round(imports, 3))
     limit_device(plan.calibration.device)
     begun = time.perf_counter()
@@ -88,12 +88,12 @@ def _calibrate(
 
     from pipeline.model.skeleton import Skeleton
 
-    assert isinstance(plan.backend, CalibratedBackend)
+    backend = cast(CalibratedBackend, plan.backend)
     begin = time.time()
     device = torch.device(calibration.device.kind)
     scratch = Scratch(plan.recipe.output, journal.partial, plan.recipe.runtime.work_directory)
     skeleton = Skeleton.build(plan.checkpoint, plan.selection, device)
-    plan.backend.prepare(skeleton, plan.selection)
+    backend.prepare(skeleton, plan.selection)
     with _activation_cache(calibration, device, scratch) as cache:
         snapshots = _Snapshots(cache, scratch, journal, log)
         forward = Forward(skeleton, calibration.batches.batches, device, cache)
@@ -106,7 +106,7 @@ def _calibrate(
             LayerReader(plan.checkpoint, layers, device) as reader,
             LayerWriter(shards, plan.outputs, compute, journal, plan.threads) as writer,
         ):
-            one = _OneLayer(plan.backend, plan.outputs, forward, device)
+            one = _OneLayer(backend, plan.outputs, forward, device)
             work = _AllLayers(one, reader, writer, snapshots, journal, log, calibration.batches.tokens)
             work.run(layers, stop, on_progress)
     return Totals(
