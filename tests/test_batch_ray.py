@@ -14,7 +14,7 @@ import pytest
 from pipeline.batch.job import JobRequest, JobResult
 from pipeline.batch.manifest import Job
 from pipeline.batch.planning import JobPlan, plan_all
-from pipeline.recipe import recipe_yaml
+from pipeline.recipe.recipe import recipe_yaml
 from tests.batch_runs import wait_for
 from tests.conftest import RECIPE, make_plain_checkpoint
 from tests.ray_cluster import Cluster, skip_without_ray

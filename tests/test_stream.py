@@ -167,15 +167,15 @@ def test_totals_add_up(tmp_path: Path, write_recipe: Any) -> None:
 def test_a_request_to_stop_is_not_a_signal() -> None:
     """After it the first signal still waits for the end of a unit; a second one forces it. Who came first counts."""
     with stop_on_signals() as stop, stop.deferred():
-        threading.Thread(target=stop.request, args=("refused",)).start()
-        assert stop.requested.wait(10) and stop.reason == "refused"
-        stop.request("again")
+        threading.Thread(target=stop.request, args=(ValueError("refused"),)).start()
+        assert stop.requested.wait(10) and str(stop.error) == "refused"
+        stop.request(ValueError("again"))
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.reason == "refused" and not stop.forced
+        assert str(stop.error) == "refused" and not stop.forced
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.forced
     with stop_on_signals() as stop, stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.request("too late")
-        assert stop.requested.is_set() and stop.reason is None
+        stop.request(ValueError("too late"))
+        assert stop.requested.is_set() and stop.error is None
