@@ -137,11 +137,11 @@ def killed(
     code = (
         "import sys, os, signal\n"
         "from pipeline.stream import layers\n"
-        "save = layers._Stream._save\n"
-        "def stop(self, hidden, unit):\n"
-        "    save(self, hidden, unit)\n"
-        "    if unit.index == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "layers._Stream._save = stop\n"
+        "save = layers._Snapshots.save\n"
+        "def stop(self, layer):\n"
+        "    save(self, layer)\n"
+        "    if layer == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "layers._Snapshots.save = stop\n"
         "from pipeline.cli import main; main(sys.argv[1:], prog_name='quantize')"
     )
     assert warm(recipe, f"output={root / 'out'}", code=code, env=SAVE_ALWAYS).returncode == -9

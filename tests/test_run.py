@@ -275,8 +275,8 @@ def test_a_signal_saves_and_exits_75(
     source = make_plain_checkpoint(tmp_path / "source", layers=6)
     recipe = write_recipe(source)
     code = (
-        "import sys, time; from pipeline.plan import layout as plan; from pipeline.stream import data_free as stream\n"
-        "plan.UNIT_BYTES = 20_000; plan.PIECE_BYTES = 3_000\n"
+        "import sys, time; from pipeline.plan import layout; from pipeline.stream import data_free as stream\n"
+        "layout.UNIT_BYTES = 20_000; layout.PIECE_BYTES = 3_000\n"
         "read = stream.read_exactly\n"
         "def slow(*a): time.sleep(0.01); read(*a)\n"
         "stream.read_exactly = slow\n"

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.formats.kv_scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, cache_scale, suspicious, usable
+from pipeline.formats.kv_scales import (
+    COMPRESSED_NAMES,
+    E4M3_MAX,
+    MODELOPT_NAMES,
+    MODELOPT_OWN_NAMES,
+    PROB_SCALE,
+    bf16_up,
+    cache_scale,
+    suspicious,
+    usable,
+)
 
 
 def bits(value: float) -> int:
@@ -45,11 +55,11 @@ def test_values_between_float32_and_double() -> None:
 
 def test_prob_scale_and_names() -> None:
     assert PROB_SCALE == 0.0022430419921875 and PROB_SCALE * E4M3_MAX >= 1.0
-    assert SCALE_NAMES["modelopt"].names == {
+    assert MODELOPT_NAMES.names == {
         "k": "k_scale", "v": "v_scale", "q": "q_scale", "prob": "attn.prob_scale",
     }  # fmt: skip
-    assert "prob" not in SCALE_NAMES["compressed-tensors"].names  # vLLM raises on it there
-    assert all(names.seen for names in SCALE_NAMES.values())
+    assert "prob" not in COMPRESSED_NAMES.names  # vLLM raises on it there
+    assert all(names.seen for names in (MODELOPT_NAMES, COMPRESSED_NAMES, MODELOPT_OWN_NAMES))
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_forwards_by_batch_and_token() -> None:
 def test_batches_are_timed_but_not_without_end(
     small_model: Callable[[str], Path], convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.stream import layers
+    from pipeline.stream import forward
 
     def timed(out: Path) -> list[list[float]]:
         lines = (out / "quantize" / "events.jsonl").read_text().splitlines()
@@ -352,7 +352,7 @@ def test_batches_are_timed_but_not_without_end(
         return sorted(sizes)
 
     every = timed(convert(small_model("qwen3"), "llmcompressor", "every", samples=48))
-    monkeypatch.setattr(layers, "TIMED", 3)
+    monkeypatch.setattr(forward, "TIMED", 3)
     some = timed(convert(small_model("qwen3"), "llmcompressor", "some", samples=48))
     assert len(every) > 4 and len(some) <= 4 and {every[0], every[-1]} <= set(some) <= set(every)
 

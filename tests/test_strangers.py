@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.serving.verify import verify
+from pipeline.verify.verify import verify
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.verify.structure import check_structure

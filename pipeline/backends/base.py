@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pipeline.backends.fp8 import Buffer
 from pipeline.errors import PipelineError
+from pipeline.formats.base import Format, Output
 from pipeline.formats.kv_scales import cache_scale
 from pipeline.model.selection import Selection
 
@@ -17,23 +18,40 @@ if TYPE_CHECKING:
     from pipeline.model.skeleton import Layer, Skeleton
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A tensor that a module becomes: what follows the module's name, dtype, and shape."""
-
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
+@runtime_checkable
 class Backend(Protocol):
-    """A quantization scheme."""
+    """A quantization scheme: what weights become, what the config says of it, how it is described.
+
+    Attributes:
+        name: the recipe's ``backend``.
+        format: how its modules lie in a file.
+        needs_data: whether every decoder layer has to run before it is written.
+        weights_need_data: whether that holds of the weights, too, and not of KV scales alone.
+        numerics: whose numerics decide the bits, for messages: ``ModelOpt's``.
+        tags: for the model card.
+        card: sentences for the model card about weights and activations.
+        expert_rule: where the scales of an expert come from that no token reached; a sentence.
+        import_seconds: what importing its libraries takes beyond torch and transformers, on a machine like
+            the one of docs/benchmarks.md; for estimates.
+        forward_cost: of a forward with its observers, over one in which every linear layer is observed.
+    """
 
     name: str
-    scheme: str
+    format: Format
+    needs_data: bool
+    weights_need_data: bool
+    numerics: str
+    tags: tuple[str, ...]
+    expert_rule: str
+    import_seconds: float
+    forward_cost: float
 
-    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, ...]:
-        """The tensors that a ``rows x columns`` weight of `dtype` becomes, the codes first."""
+    @property
+    def card(self) -> str:
+        """See the class."""
+
+    def attention_outputs(self) -> tuple[Output, ...]:
+        """What every attention layer gets besides, by suffix after the attention's prefix; empty without KV scales."""
 
     def config_section(self, selection: Selection) -> dict[str, Any]:
         """The ``quantization_config`` of the result's config.json."""
@@ -44,26 +62,25 @@ class Backend(Protocol):
     def versions(self, dtypes: set[str]) -> dict[str, str]:
         """The libraries that decide the bits of weights of these dtypes, for a run's identity."""
 
+    def load_libraries(self) -> None:
+        """Import what the scheme needs beyond torch and transformers."""
+
 
 class DataFreeBackend(Backend, Protocol):
-    """A scheme whose weights need no data: codes and one scale a row, from the rows alone."""
+    """A scheme whose weights need no data: FP8 values and one scale per row, from the rows alone."""
 
     def quantizer(self, dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], None]:
-        """``f(source, codes, scales, rows, columns)``, safe to call from several threads at once."""
+        """``f(source, values, scales, rows, columns)``, safe to call from several threads at once."""
 
 
-@runtime_checkable
 class CalibratedBackend(Backend, Protocol):
     """A scheme that sees every decoder layer run before it says what the layer becomes."""
-
-    def attention_outputs(self) -> tuple[Output, ...]:
-        """What every attention layer gets besides, suffixes counted from the attention's prefix."""
 
     def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
         """Put observers into a model without weights."""
 
     def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
-        """Collect the ranges of a loaded layer.
+        """Collect the amax of a loaded layer.
 
         Args:
             layer: loaded; what it computes must not change by a bit.

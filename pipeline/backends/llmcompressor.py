@@ -9,13 +9,17 @@ last batch only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backends.base import Output, Ranges, cache_scales
+from pipeline.backends.attention import AttentionObserver, scale_tensors
+from pipeline.backends.base import Ranges
 from pipeline.backends.fp8 import Buffer, row_quantizer
-from pipeline.formats.kv_scales import SCALE_NAMES
+from pipeline.checkpoint.source import DTYPE_BYTES
+from pipeline.formats.base import Output, Requantized
+from pipeline.formats.kv_scales import COMPRESSED_NAMES
+from pipeline.formats.methods import COMPRESSED
 from pipeline.model.selection import Selection
 
 if TYPE_CHECKING:
@@ -39,11 +43,26 @@ class FP8Dynamic:
     """Backend ``llmcompressor``, scheme ``fp8_dynamic``."""
 
     name = "llmcompressor"
-    scheme = "fp8_dynamic"
+    format = COMPRESSED
+    needs_data = False
+    weights_need_data = False
+    numerics = "llm-compressor's"
+    tags: tuple[str, ...] = ("compressed-tensors", "llm-compressor")
+    card = (
+        "Weights of the language model's linear layers are quantized per-channel; activations are quantized per token\n"
+        "while serving (llm-compressor's `FP8_DYNAMIC`, compressed-tensors format). Everything else is byte for byte\n"
+        "the source's."
+    )
+    expert_rule = "their weights' scales need no tokens, their activations are scaled while serving"
+    import_seconds = 0.2
+    forward_cost = 0.6
 
-    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, Output]:
-        """Codes as ``weight`` in F8_E4M3, scales as ``weight_scale`` of shape (rows, 1) in the source's dtype."""
-        return Output("weight", "F8_E4M3", (rows, columns)), Output("weight_scale", dtype, (rows, 1))
+    def attention_outputs(self) -> tuple[Output, ...]:
+        """None: the KV cache stays BF16."""
+        return ()
+
+    def load_libraries(self) -> None:
+        """Nothing: compressed-tensors is imported where it is used."""
 
     def quantizer(self, dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], None]:
         """Quantizes rows of BF16, F16 or F32."""
@@ -96,13 +115,14 @@ class FP8Dynamic:
 class FP8DynamicKV(FP8Dynamic):
     """The same weights, and calibrated KV scales."""
 
+    needs_data = True
+
     def __init__(self) -> None:
-        self._seen: dict[Any, list[Any]] = {}  # attention module to largest key, value and query so far
+        self._observer = AttentionObserver()
 
     def attention_outputs(self) -> tuple[Output, ...]:
         """One scale each for keys, values and queries, BF16 of shape (1,), as compressed-tensors holds them."""
-        names = SCALE_NAMES["compressed-tensors"]
-        return tuple(Output(name, "BF16", names.shape) for name in names.names.values())
+        return COMPRESSED_NAMES.outputs()
 
     def config_section(self, selection: Selection) -> dict[str, Any]:
         """With the ``kv_cache_scheme`` that makes vLLM use the scales."""
@@ -114,47 +134,17 @@ class FP8DynamicKV(FP8Dynamic):
         return {**super().versions(dtypes), "torch": version("torch"), "transformers": version("transformers")}
 
     def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
-        """Register an attention function that looks at keys, values and queries, then hands on to sdpa's."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-        def looking(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            import torch
-
-            found = [states.detach().abs().amax() for states in (key, value, query)]
-            before = self._seen.get(module)
-            self._seen[module] = found if before is None else [torch.maximum(a, b) for a, b in zip(before, found)]
-            return inner(module, query, key, value, *args, **kwargs)
-
-        AttentionInterface.register("pipeline_ranges", looking)
-        AttentionMaskInterface.register("pipeline_ranges", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        skeleton.model.set_attn_implementation("pipeline_ranges")
+        """Observe keys, values and queries of every attention."""
+        self._observer.install(skeleton.model)
 
     def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
-        """The running maximum over all batches; torch.maximum hands NaN on, so that it is found."""
+        """The running amax over all batches."""
         forward()
-        ranges = Ranges()
-        for module in layer.module.modules():
-            if module in self._seen:
-                found = [float(value.item()) for value in self._seen.pop(module)]
-                ranges.attention = dict(zip("kvq", found, strict=True))
-        return ranges
+        return Ranges(attention=self._observer.take(layer.module))
 
     def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
         """The KV scales alone: weights need no data."""
-        import torch
-
-        if layer.attention is None:
-            return {}
-        names = SCALE_NAMES["compressed-tensors"]
-        scales = cache_scales(layer.attention, ranges)
-        return {
-            f"{layer.attention}.{names.names[key]}": torch.full(names.shape, scale, dtype=torch.bfloat16)
-            for key, scale in scales.items()
-        }
+        return {} if layer.attention is None else scale_tensors(layer.attention, ranges, COMPRESSED_NAMES)
 
 
 def _patterns(selection: Selection) -> list[str]:
@@ -173,3 +163,16 @@ def _patterns(selection: Selection) -> list[str]:
         if not any(re.match(pattern, name) for name in inside):
             patterns.append(f"re:{pattern}")
     return list(dict.fromkeys(patterns))
+
+
+def requantize(
+    weight: bytearray, dtype: str, rows: int, columns: int, stored: Mapping[str, tuple[str, bytes]], power: int
+) -> Requantized:
+    """A weight quantized once more; see `pipeline.formats.base.Requantize`. Scales are made from the weight itself.
+
+    Raises:
+        NonFiniteWeight: it holds NaN or Inf.
+    """
+    values, scales = bytearray(rows * columns), bytearray(rows * DTYPE_BYTES[dtype])
+    row_quantizer(dtype)(weight, values, scales, rows, columns)
+    return Requantized({"weight": bytes(values), "weight_scale": bytes(scales)})

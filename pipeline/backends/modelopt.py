@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backends.base import CalibrationError, Output, Ranges, cache_scales
-from pipeline.formats.kv_scales import E4M3_MAX, PROB_SCALE, SCALE_NAMES, bf16_up, usable
+from pipeline.backends.attention import scale_tensors
+from pipeline.backends.base import CalibrationError, Ranges
+from pipeline.backends.fp8 import NonFiniteWeight
+from pipeline.formats.base import Output, Requantized
+from pipeline.formats.kv_scales import E4M3_MAX, MODELOPT_NAMES, MODELOPT_OWN_NAMES, bf16_up, usable
+from pipeline.formats.methods import MODELOPT
 from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection
 
@@ -40,29 +44,51 @@ class ModelOptFP8:
     """
 
     name = "modelopt"
-    scheme = "fp8"
+    format = MODELOPT
+    needs_data = True
+    weights_need_data = True
+    numerics = "ModelOpt's"
+    tags: tuple[str, ...] = ("modelopt",)
+    expert_rule = (
+        "all experts of a layer share the range of what goes in, and each expert's weights give their own, so none is "
+        "without a scale"
+    )
+    import_seconds = 5.0
+    forward_cost = 1.0
 
     def __init__(self, kv_cache: bool, exact: bool = False, balance: bool = True) -> None:
         self.kv_cache = kv_cache
         self.exact = exact
         self.balance = balance and not exact
 
-    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, ...]:
-        """Codes in F8_E4M3; the weight's and the input's scale as F32 scalars."""
+    @property
+    def card(self) -> str:
+        """For the model card."""
+        more = (
+            ", bit for bit as ModelOpt itself exports them"
+            if self.exact
+            else "; fused modules (q/k/v, gate/up) share one weight scale"
+        )
         return (
-            Output("weight", "F8_E4M3", (rows, columns)),
-            Output("weight_scale", "F32", ()),
-            Output("input_scale", "F32", ()),
+            "Weights and inputs of the language model's linear layers are quantized per-tensor with static scales\n"
+            f"(ModelOpt's FP8, W8A8){more}.\n"
+            "Everything else is byte for byte the source's, but for biases where the notes below say that modules\n"
+            "were equalized."
         )
 
     def attention_outputs(self) -> tuple[Output, ...]:
         """KV scales: ModelOpt's own names and F32 in exact mode, else those that every vLLM seen loads, in BF16."""
         if not self.kv_cache:
             return ()
-        if self.exact:
-            return Output("k_proj.k_scale", "F32", ()), Output("v_proj.v_scale", "F32", ())
-        names = SCALE_NAMES["modelopt"]
-        return tuple(Output(name, "BF16", names.shape) for name in names.names.values())
+        return (MODELOPT_OWN_NAMES if self.exact else MODELOPT_NAMES).outputs()
+
+    def load_libraries(self) -> None:
+        """ModelOpt, which prints about itself while it is imported."""
+        from pipeline.model.skeleton import quiet
+
+        with quiet():
+            import modelopt.torch.export
+            import modelopt.torch.quantization  # noqa: F401
 
     def versions(self, dtypes: set[str]) -> dict[str, str]:
         """ModelOpt and torch make the codes, transformers the activations."""
@@ -278,7 +304,6 @@ class ModelOptFP8:
         made[f"{name}.input_scale"] = inward
 
     def _add_cache_scales(self, made: dict[str, Any], layer: Layer, ranges: Ranges) -> None:
-        import torch
 
         assert layer.attention is not None
         if self.exact:
@@ -287,10 +312,7 @@ class ModelOptFP8:
                     raise CalibrationError(f"{layer.attention}: {key} reaches {amax}, which gives no scale")
                 made[f"{layer.attention}.{key}_proj.{key}_scale"] = _as_modelopt(amax, layer.device)
             return
-        names = SCALE_NAMES["modelopt"]
-        scales = {**cache_scales(layer.attention, ranges), "prob": PROB_SCALE}
-        for key, name in names.names.items():
-            made[f"{layer.attention}.{name}"] = torch.full(names.shape, scales[key], dtype=torch.bfloat16)
+        made.update(scale_tensors(layer.attention, ranges, MODELOPT_NAMES))
 
 
 _BOUND = E4M3_MAX
@@ -357,6 +379,33 @@ def ignore_entries(selection: Selection) -> list[str]:
         if not last.isdigit():
             entries.append(f"*{last}*")
     return list(dict.fromkeys(entries))
+
+
+def requantize(
+    weight: bytearray, dtype: str, rows: int, columns: int, stored: Mapping[str, tuple[str, bytes]], power: int
+) -> Requantized:
+    """A weight packed once more with its stored scale; see `pipeline.formats.base.Requantize`.
+
+    Raises:
+        NonFiniteWeight: it holds NaN or Inf.
+    """
+    import torch
+    from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
+
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    values = torch.frombuffer(weight, dtype=kind).view(rows, columns).to(torch.bfloat16)
+    if not bool(values.isfinite().all()):
+        raise NonFiniteWeight(None)
+    scale = stored.get("weight_scale")
+    if "weight" not in stored or scale is None or scale[0] != "F32" or len(scale[1]) != 4:
+        return Requantized({}, unusable="weight")
+    values = values * 2.0**power
+    factor = torch.frombuffer(bytearray(scale[1]), dtype=torch.float32).view(())
+    reach = float(values.abs().amax()), float(factor) * E4M3_MAX
+    if reach[0] and not reach[0] * (1 - 2.0**-20) <= reach[1]:
+        return Requantized({}, unusable="weight_scale", reach=reach)
+    made = to_quantized_weight(values, factor, QUANTIZATION_FP8).view(torch.uint8).numpy().tobytes()
+    return Requantized({"weight": made}, reach=reach)
 
 
 # --- balancing ---------------------------------------------------------------------------------------

@@ -41,8 +41,6 @@ LOG_BYTES = 256 << 10  # at most, of the log of a node without shared storage th
 MARK = "mark"
 SETTINGS = {  # of Ray, for this driver
     "RAY_task_oom_retries": "0",  # what its memory monitor ends comes back to the queue; Ray would retry it for ever
-    "RAY_grpc_client_keepalive_time_ms": "5000",  # a node that is cut off is noticed, not waited for
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,20 +59,16 @@ class Needs:
         return 2 * self.layer + self.made + self.activations
 
 
-def import_libraries(backend: str | None = None) -> float:
-    """Import torch and transformers, and what a backend needs besides; returns the seconds, to be told apart."""
+def import_libraries(more: Callable[[], None] | None = None) -> float:
+    """Import torch and transformers, and what `more` imports; returns the seconds, which are reported apart."""
     begin = time.perf_counter()
     import accelerate  # noqa: F401
     import torch  # noqa: F401
     import transformers.core_model_loading  # noqa: F401
     from transformers import AutoConfig, AutoTokenizer  # noqa: F401
 
-    if backend == "modelopt":
-        from pipeline.model.skeleton import quiet
-
-        with quiet():
-            import modelopt.torch.export
-            import modelopt.torch.quantization  # noqa: F401
+    if more is not None:
+        more()
     return time.perf_counter() - begin
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.backends.registry import needs_data
 from pipeline.calibration.placement import DEVICE_BASE, SHARE
 from pipeline.doctor.finding import Finding, Status
 from pipeline.doctor.libraries import torch_build
@@ -37,7 +38,7 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
         yield Finding("gpu-not-used", "gpu", "ok", "not used: the recipe says runtime.device: cpu")
         return
     bad: Status = "warning"  # of a GPU that cannot be used
-    if recipe is not None and data_free(recipe):
+    if recipe is not None and not needs_data(recipe):
         bad = "note"
     elif recipe is not None and recipe.runtime.device == "cuda":
         bad = "unfit"
@@ -80,11 +81,6 @@ def gpu_findings(system: System, seen: GPUs, recipe: Recipe | None, plan: Plan |
             f"{len(chosen)} GPUs: a run uses one, the first that it sees: {first.name}",
             "give other runs the others with CUDA_VISIBLE_DEVICES=1 and so on",
         )
-
-
-def data_free(recipe: Recipe) -> bool:
-    """Whether a recipe needs no forward pass, and so no torch and no GPU."""
-    return recipe.scheme == "fp8_dynamic" and recipe.kv_cache == "none"
 
 
 def _names(found: Sequence[GPU]) -> str:

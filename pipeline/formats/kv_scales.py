@@ -9,34 +9,22 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from pipeline.formats.base import ScaleNames
 
 E4M3_MAX = 448.0
-
-
-@dataclass(frozen=True)
-class ScaleNames:
-    """Tensor names, from the attention's prefix on (``model.layers.0.self_attn``), and a scale's shape.
-
-    Attributes:
-        names: for k, v, q and prob.
-        shape: of each tensor.
-        seen: the vLLM versions that were seen to load these names, and how.
-    """
-
-    names: Mapping[str, str]
-    shape: tuple[int, ...]
-    seen: tuple[str, ...]
 
 
 _FOUR = {"k": "k_scale", "v": "v_scale", "q": "q_scale", "prob": "attn.prob_scale"}
 _THREE = {key: name for key, name in _FOUR.items() if key != "prob"}
 
 # ModelOpt's own k_proj.k_scale fails at load in vLLM 0.24.0 on Qwen2.5-VL; compressed-tensors refuses a prob_scale.
-SCALE_NAMES = {
-    "modelopt": ScaleNames(_FOUR, (), ("0.24.0 on an H200", "0.32.0 on a CPU")),
-    "compressed-tensors": ScaleNames(_THREE, (1,), ("0.24.0 on an H200", "0.32.0 on a CPU")),
-}
+MODELOPT_NAMES = ScaleNames(_FOUR, (), seen=("0.24.0 on an H200", "0.32.0 on a CPU"))
+COMPRESSED_NAMES = ScaleNames(_THREE, (1,), seen=("0.24.0 on an H200", "0.32.0 on a CPU"))
+# ModelOpt's own export, for its exact mode
+MODELOPT_OWN_NAMES = ScaleNames(
+    {"k": "k_proj.k_scale", "v": "v_proj.v_scale"}, (), dtype="F32", seen=("0.32.0 on a CPU",)
+)
 
 
 def bf16_up(value: float) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, read_json
+from pipeline.formats.base import Format
+from pipeline.formats.kv_scales import COMPRESSED_NAMES, MODELOPT_NAMES
 
-FP8 = "F8_E4M3"
 SECTION = "quantization_config"
 OLD_FILE = "hf_quant_config.json"
 PACKED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F8_E8M0")  # dtypes that only quantization writes
@@ -24,59 +25,96 @@ OTHER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a ``quant_method`` lays out an FP8 weight.
-
-    Attributes:
-        name: vLLM's word for it.
-        weights: what a group of the config says of weights, as far as vLLM reads it.
-        inputs: likewise of activations.
-        static_inputs: whether every weight has an ``input_scale``.
-        cache: for k, v, q and prob the tensor names that vLLM takes, from the attention's prefix on.
-        repeatable: whether the weights can be quantized once more here, to be compared bit by bit.
-    """
-
-    name: str
-    weights: dict[str, Any]
-    inputs: dict[str, Any]
-    static_inputs: bool
-    cache: dict[str, tuple[str, ...]]
-    repeatable: bool = True
-
-    def scale_shape(self, rows: int) -> tuple[int, ...]:
-        """Of the scale of a weight with so many rows."""
-        return () if self.static_inputs else (rows, 1)
+def _plain(section: Mapping[str, Any]) -> bool:
+    """compressed-tensors' per-channel FP8 with inputs per token; not weights alone, not FP8 beside other groups."""
+    parts = _parts(section)
+    if section.get("quant_method") != "compressed-tensors" or _inputs_are_static(parts):
+        return False
+    if any(not part.get("input_activations") for part in parts):  # weights alone, which vLLM knows as well
+        return False
+    mixed = section.get("format") == "mixed-precision" and not all(_is_plain_fp8(part) for part in parts)
+    return any(_is_plain_fp8(part) for part in parts) and not mixed
 
 
-COMPRESSED = Method(
+def _static(section: Mapping[str, Any]) -> bool:
+    parts = _parts(section)
+    return (
+        section.get("quant_method") == "compressed-tensors"
+        and _inputs_are_static(parts)
+        and all(_has(part.get("weights"), STATIC.weights) for part in parts)
+    )
+
+
+def _inputs_are_static(parts: list[dict[str, Any]]) -> bool:
+    return bool(parts) and all(_has(part.get("input_activations"), STATIC.inputs) for part in parts)
+
+
+def _modelopt(section: Mapping[str, Any]) -> bool:
+    return section.get("quant_method") == "modelopt" and section.get("quant_algo") in ("FP8", None, "")
+
+
+def _parts(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    groups = section.get("config_groups")
+    return [part for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
+
+
+FLOAT_QUANTIZED = ("float-quantized", "naive-quantized")
+COMPRESSED = Format(
     "compressed-tensors",
     {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, "symmetric": True},
     {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
-    False,
-    {key: (f"{key}_scale",) for key in "kvq"},
+    static_inputs=False,
+    granularity="channel",
+    recognizes=_plain,
+    cache={key: (f"{key}_scale",) for key in "kvq"},
+    kv=COMPRESSED_NAMES,
+    section_format=FLOAT_QUANTIZED,
 )
-MODELOPT = Method(
+MODELOPT = Format(
     "modelopt",
     {"num_bits": 8, "type": "float", "dynamic": False},
     {"num_bits": 8, "type": "float", "dynamic": False},
-    True,
-    {
+    static_inputs=True,
+    granularity="tensor",
+    recognizes=_modelopt,
+    cache={
         "k": ("k_scale", "k_proj.k_scale"),
         "v": ("v_scale", "v_proj.v_scale"),
         "q": ("q_scale",),
         "prob": ("attn.prob_scale",),
     },
+    kv=MODELOPT_NAMES,
+    scale_dtype="F32",
+    repeatable_elsewhere=frozenset({"BF16"}),
+    quant_algo="FP8",
+    groups_optional=True,
 )
-# compressed-tensors' scheme FP8, one static scale a tensor for weights and inputs: vLLM loads it, nothing here makes it
-STATIC = Method(
+# compressed-tensors' scheme FP8, static and per-tensor for weights and inputs: vLLM loads it, nothing here makes it
+STATIC = Format(
     "compressed-tensors",
     {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
     {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
-    True,
-    COMPRESSED.cache,
+    static_inputs=True,
+    granularity="tensor",
+    recognizes=_static,
+    cache=COMPRESSED.cache,
+    section_format=FLOAT_QUANTIZED,
     repeatable=False,
 )
+# What vLLM takes for most quantization methods, whose names it remaps alike
+CACHE_NAMES = MODELOPT.cache
+
+_registered: list[Format] = [STATIC, COMPRESSED, MODELOPT]
+
+
+def register(made: Format) -> None:
+    """Let verification recognize another layout; the latest one is asked first."""
+    _registered.insert(0, made)
+
+
+def unregister(made: Format) -> None:
+    """Take `register` back."""
+    _registered.remove(made)
 
 
 def quantization_section(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -140,21 +178,19 @@ def has_cache_scales(checkpoint: Checkpoint) -> bool:
     return any(CACHE_SCALE.search(name) for name in checkpoint.tensors)
 
 
-def method_of(section: dict[str, Any]) -> Method | None:
-    """The method that a section describes; None for one whose weights are not known here."""
-    name = section.get("quant_method")
-    if name == "modelopt":
-        return MODELOPT if section.get("quant_algo") == "FP8" or not section.get("quant_algo") else None
-    if name != "compressed-tensors":
-        return None
-    groups = section.get("config_groups")
-    parts = [part for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
-    if parts and all(_has(part.get("input_activations"), STATIC.inputs) for part in parts):
-        return STATIC if all(_has(part.get("weights"), STATIC.weights) for part in parts) else None
-    if any(not part.get("input_activations") for part in parts):  # weights alone, which vLLM knows as well
-        return None
-    mixed = section.get("format") == "mixed-precision" and not all(_is_plain_fp8(part) for part in parts)
-    return COMPRESSED if any(_is_plain_fp8(part) for part in parts) and not mixed else None
+def method_of(section: Mapping[str, Any]) -> Format | None:
+    """The layout that a section describes; None for one whose weights are not known here."""
+    return next((known for known in _registered if known.recognizes(section)), None)
+
+
+def without_scale(section: Mapping[str, Any], lost: tuple[str, ...]) -> str:
+    """What vLLM 0.32 does with an FP8 cache without the scales `lost` (of k and v), by its methods' own code."""
+    own = str(section.get("quant_method")).startswith("modelopt")
+    if lost == ("k", "v"):
+        return "run it at KV scale 1.0"
+    if lost == ("k",):
+        return "not start" if own else "run its keys at scale 1.0"
+    return "use k_scale for its values" if own else "run its values at scale 1.0"
 
 
 def _is_plain_fp8(group: dict[str, Any]) -> bool:
@@ -174,11 +210,11 @@ def describe(section: dict[str, Any]) -> str:
     return f"{section.get('quant_method')}{f' ({more})' if more else ''}"
 
 
-def _has(part: Any, wanted: dict[str, Any]) -> bool:
+def _has(part: Any, wanted: Mapping[str, Any]) -> bool:
     return isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
 
 
-def group_fits(group: Any, method: Method) -> bool:
+def group_fits(group: Any, method: Format) -> bool:
     """Whether a group of ``config_groups`` says what `method` needs of the linear layers."""
     if not isinstance(group, dict) or not isinstance(targets := group.get("targets"), list):
         return False

@@ -14,16 +14,25 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self.error: Exception | None = None  # of `request`; None where a signal came first
         self.forced = False
+        self._signalled = False
         self._deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         # a terminal that is closed may send SIGHUP twice, and nobody has grown impatient
-        if not self._deferred or (self.requested.is_set() and number != signal.SIGHUP):
+        if not self._deferred or (self._signalled and number != signal.SIGHUP):
             self.forced = True
             raise KeyboardInterrupt
+        self._signalled = True
         self.requested.set()
+
+    def request(self, error: Exception) -> None:
+        """Ask for an end as a signal does, from any thread; whoever ends then raises `error`."""
+        if not self.requested.is_set():
+            self.error = error
+            self.requested.set()
 
     def hold(self) -> None:
         """From now on a signal waits; the second one still ends everything."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.backends.base import Backend, CalibratedBackend
+from pipeline.backends.base import Backend
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import UsageError
@@ -118,7 +118,7 @@ class _Draft:
 
 def draft_outputs(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
     """What every source tensor becomes, in file order, and what the backend adds to attention layers."""
-    caches = _cache_drafts(selection, backend) if isinstance(backend, CalibratedBackend) else {}
+    caches = _cache_drafts(selection, backend)
     for draft in _weight_drafts(checkpoint, selection, backend):
         yield draft
         assert draft.fate is not None
@@ -126,7 +126,7 @@ def draft_outputs(checkpoint: Checkpoint, selection: Selection, backend: Backend
             yield more
 
 
-def _cache_drafts(selection: Selection, backend: CalibratedBackend) -> dict[str, _Draft]:
+def _cache_drafts(selection: Selection, backend: Backend) -> dict[str, _Draft]:
     """KV scales, by the key projection that they stand behind."""
     specs = backend.attention_outputs()
     if not specs:
@@ -148,7 +148,6 @@ def _cache_drafts(selection: Selection, backend: CalibratedBackend) -> dict[str,
 
 
 def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
-    calibrated = isinstance(backend, CalibratedBackend) and not hasattr(backend, "quantizer")
     for name, tensor in checkpoint.tensors.items():
         choice = selection.choices[name]
         reason = REASONS[choice.role]
@@ -175,11 +174,11 @@ def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backen
         groups = []
         for part in blocks:
             for module, rows, columns in part.modules:
-                specs = backend.outputs(tensor.dtype, rows, columns)
+                specs = backend.format.outputs(tensor.dtype, rows, columns)
                 groups.append(tuple((f"{module}.{spec.suffix}", spec.dtype, spec.shape) for spec in specs))
         names = tuple(output for group in groups for output, _, _ in group)
         fate = TensorFate(tensor, "quantize", reason, choice.component, choice.layer, names)
-        yield _Draft(fate, tuple(blocks), tuple(groups), choice.layer, made=calibrated)
+        yield _Draft(fate, tuple(blocks), tuple(groups), choice.layer, made=backend.weights_need_data)
 
 
 def _expert_blocks(tensor: Tensor, block: str, kind: str, layout: ExpertLayout) -> Iterator[_Block]:

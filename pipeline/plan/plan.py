@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.backends.base import Backend, CalibratedBackend
+from pipeline.backends.base import Backend
 from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import Checkpoint, SourceError
@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     selection = select(checkpoint, recipe.ignore)
     drafts = list(draft_outputs(checkpoint, selection, backend))
     outputs, shards = lay_out(drafts, recipe.shard_bytes)
-    calibrated = isinstance(backend, CalibratedBackend)
+    calibrated = backend.needs_data
     of_layers = [d for d in drafts if calibrated and d.layer is not None]
     pieces = tuple(cut_into_pieces([d for d in drafts if not calibrated or d.layer is None], outputs))
     layers = tuple(
@@ -154,7 +154,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
         if recipe.runtime.work_directory is not None:
             warnings.append("runtime.work_directory is not used: this path writes no scratch files")
         if recipe.calibration is not None:
-            warnings.append("calibration is not used: neither fp8_dynamic weights nor kv_cache: none need data")
+            warnings.append(f"calibration is not used: neither {recipe.scheme} weights nor kv_cache: none need data")
     return Plan(
         recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, threads, tuple(warnings), calibration
     )

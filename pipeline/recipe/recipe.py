@@ -8,9 +8,10 @@ that every key keeps its place; pydantic validates the values.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from pydantic import (
@@ -41,13 +42,31 @@ class LLMCompressorRecipe(Common):
 
 
 Recipe = ModelOptRecipe | LLMCompressorRecipe
-_adapter: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Discriminator("backend")])
 _MODELS: dict[str, type[Common]] = {"modelopt": ModelOptRecipe, "llmcompressor": LLMCompressorRecipe}
+
+
+def register(backend: str, model: type[Common]) -> None:
+    """Let recipes name another backend; `model` has its ``backend``, ``scheme`` and ``backend_options``."""
+    _MODELS[backend] = model
+    _adapter.cache_clear()
+
+
+def unregister(backend: str) -> None:
+    """Take `register` back."""
+    del _MODELS[backend]
+    _adapter.cache_clear()
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Recipe]:
+    known: Any = Union[tuple(_MODELS.values())]  # noqa: UP007
+    made: Any = Annotated[known, Discriminator("backend")]
+    return TypeAdapter(made)
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors; `recipes/recipe.schema.json` is this, written out."""
-    schema = _adapter.json_schema()
+    schema = _adapter().json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "FP8 quantization recipe",
@@ -80,7 +99,7 @@ def parse(text: str, file: str = "recipe.yaml", overrides: Sequence[str] = ()) -
     problems = list(document.problems)
     recipe: Recipe | None = None
     try:
-        recipe = _adapter.validate_python(document.data)
+        recipe = _adapter().validate_python(document.data)
     except ValidationError as error:
         details = _details(error)
         if details[0]["type"].startswith("union_tag"):  # the rest was not looked at: do it without the tag
@@ -147,7 +166,7 @@ def _explain(document: Document, file: str, detail: dict[str, Any]) -> tuple[Pos
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         path = ("backend",)
     place, name, given = nearest(document, path, file), dotted(path), detail.get("input")
-    allowed = "; allowed: modelopt, llmcompressor"
+    allowed = f"; allowed: {', '.join(_MODELS)}"
     match kind:
         case "extra_forbidden":
             return place, f"{name}: unknown key; {_suggest(document, path)}"

@@ -72,18 +72,9 @@ def findings(plan: Plan, journal: Journal) -> list[str]:
         few = sum(0 < count < FEW_TOKENS for count in every)
         found.append(
             f"{len(every)} experts in {len(counts)} layers: {idle} were given no caption token, {few} fewer than "
-            f"{FEW_TOKENS}, the median {sorted(every)[len(every) // 2]}; {_expert_rule(plan)}"
+            f"{FEW_TOKENS}, the median {sorted(every)[len(every) // 2]}; {plan.backend.expert_rule}"
         )
     return found
-
-
-def _expert_rule(plan: Plan) -> str:
-    if plan.recipe.scheme == "fp8_dynamic":
-        return "their weights' scales need no tokens, their activations are scaled while serving"
-    return (
-        "all experts of a layer share the range of what goes in, and each expert's weights give their own, so none is "
-        "without a scale"
-    )
 
 
 def _ranges(numbers: Iterable[int]) -> str:

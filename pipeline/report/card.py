@@ -13,8 +13,6 @@ from pipeline.recipe.recipe import recipe_yaml
 from pipeline.report.plan import summary
 from pipeline.units import size_text
 
-METHODS = {"llmcompressor": ["compressed-tensors", "llm-compressor"], "modelopt": ["modelopt"]}
-
 
 def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
     """README.md of the result, with metadata that the hub reads, and without the paths of this machine.
@@ -33,7 +31,7 @@ def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if "vision_config" in source.config else "text-generation",
-        tags=["fp8", "vllm", *METHODS[plan.backend.name]],
+        tags=["fp8", "vllm", *plan.backend.tags],
     )
     environment = Environment(
         loader=PackageLoader("pipeline.report"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
@@ -54,8 +52,8 @@ def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
         "version": __version__,
         "libraries": plan.backend.versions(set()),
         "kv_cache": plan.recipe.kv_cache,
-        "scheme": plan.recipe.scheme,
-        "exact": plan.recipe.backend == "modelopt" and plan.recipe.backend_options.exact,
+        "about": plan.backend.card,
+        "rounded_up": "BF16" in {output.dtype for output in plan.backend.attention_outputs()},
         "calibration": plan.calibration,
         "terms": plan.calibration.captions.terms if plan.calibration is not None else (),
         "findings": findings,

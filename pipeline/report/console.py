@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pipeline.journal import Journal
     from pipeline.report.outcome import Outcome, Smoke
-    from pipeline.stream.totals import Calibrated
+    from pipeline.stream.totals import Totals
     from pipeline.verify.report import Report
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
@@ -167,8 +167,7 @@ class Console:
                 f"read {size_text(totals.bytes_read)}, wrote {size_text(totals.bytes_written)} in "
                 f"{totals.seconds:.2f} s ({size_text(totals.bytes_read / totals.seconds)}/s read)"
             )
-        if outcome.calibrated is not None:
-            self.show_calibrated(outcome.calibrated, outcome.findings)
+        self.show_calibrated(totals, outcome.findings)
         if outcome.report is not None:
             self.show_report(outcome.report)
         self.say(f"published: {outcome.output}")
@@ -221,7 +220,7 @@ class Console:
             )
         self.rich.print(table)
 
-    def show_calibrated(self, seen: Calibrated, findings: tuple[str, ...]) -> None:
+    def show_calibrated(self, seen: Totals, findings: tuple[str, ...]) -> None:
         """Reads and forwards, counted; and what the ranges say."""
         if seen.reads:
             most = max(seen.reads.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.stream.totals import Calibrated, Totals
+from pipeline.stream.totals import Totals
 from pipeline.verify.report import Report
 
 
@@ -19,9 +19,8 @@ class Outcome:
         output: the published directory.
         already: it was there before, from an identical run.
         layers: timings, slowest first.
-        totals: of this process; zero where all was done before.
+        totals: what this process read, ran and wrote; zero where all was done before.
         report: of the verification; None if `already`, and proven far enough before.
-        calibrated: what this process read and ran of the layers; None without calibration.
         findings: what the ranges say, for a careful user.
     """
 
@@ -30,7 +29,6 @@ class Outcome:
     layers: list[dict[str, Any]]
     totals: Totals
     report: Report | None
-    calibrated: Calibrated | None = None
     findings: tuple[str, ...] = ()
 
 

@@ -33,7 +33,7 @@ from pipeline.serving.profile_check import profile_in_time
 from pipeline.stream.data_free import run_stream, take_back_lost_units
 from pipeline.stream.hidden import Scratch
 from pipeline.stream.layers import run_layers
-from pipeline.stream.totals import Calibrated, Totals
+from pipeline.stream.totals import Totals
 from pipeline.units import size_text
 from pipeline.verify.report import Report
 from pipeline.verify.verify import find_environment, how_verified, verify
@@ -71,11 +71,11 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         journal = attempt(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
             if fresh:
-                Scratch(plan, partial).clear()
+                _scratch(plan, partial).clear()
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
                 discard(partial)
                 return published(plan, output, console)
-            totals, report, calibrated = _convert(plan, journal, console, stop, server)
+            totals, report = _convert(plan, journal, console, stop, server)
             findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
             _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
@@ -85,7 +85,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
                 discard(partial)  # the result that --fresh replaces
         finally:
             journal.close()
-    return Outcome(output, False, recorded_layers(output / EVENTS), totals, report, calibrated, findings)
+    return Outcome(output, False, recorded_layers(output / EVENTS), totals, report, findings)
 
 
 def preflight(plan: Plan, fresh: bool = False) -> bool:
@@ -103,7 +103,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
     for place in (output, partial):
         _refuse_overlap(plan, place, "output")
     if plan.recipe.runtime.work_directory is not None:
-        work = Scratch(plan, partial).directory
+        work = _scratch(plan, partial).directory
         _refuse_overlap(plan, work, "runtime.work_directory", below=False)
         if {output, partial} & {work, *work.parents}:
             raise UsageError(
@@ -117,7 +117,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
 
 def _convert(
     plan: Plan, journal: Journal, console: Console, stop: Stop, server: Server | None
-) -> tuple[Totals, Report, Calibrated | None]:
+) -> tuple[Totals, Report]:
     partial = journal.partial
     log = EventLog(partial / EVENTS)
     try:
@@ -131,26 +131,20 @@ def _convert(
                 f"going on after {resumed} of {plan.units} finished units; at most {size_text(again)} are written again"
             )
             log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
-        calibrated: Calibrated | None = None
         with (
-            profile_in_time(plan, server) as look,
-            console.progress(plan, journal) as show_progress,
+            profile_in_time(plan, server, refused=stop.request),
+            console.progress(plan, journal) as on_progress,
             stop.deferred(),
         ):
-
-            def on_progress(label: str, nbytes: int) -> None:
-                show_progress(label, nbytes)
-                look()
-
             doing = f"streaming into {partial}"
             totals = attempt(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
             if plan.calibration is not None and not stop.requested.is_set():
-                calibrated = attempt(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress, totals))
+                totals += attempt(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress))
         if stop.requested.is_set():  # also in the last unit: what follows may take long, and the next run does it
             raise Interrupted("interrupted")
-        Scratch(plan, partial).clear()
+        _scratch(plan, partial).clear()
         totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
-        log.write("streamed", **vars(totals))
+        log.write("streamed", **totals.as_event())
         attempt(f"writing to {partial}", lambda: finalize(plan, journal, log))
         with VllmWorker(server) if server is not None else nullcontext() as session:
             report = verify(partial, plan.checkpoint, plan.recipe.verify, session, say=console.say)
@@ -162,13 +156,19 @@ def _convert(
                 f"{VERDICT}:\n{listed(report.problems)}"
             )
     except Interrupted:
+        if stop.error is not None:
+            raise stop.error from None
         log.write("interrupted", units_done=len(journal.done))
         raise Interrupted(
             f"stopped after {len(journal.done)} of {plan.units} units", remedy="run the same command again to go on"
         ) from None
     finally:
         log.close()
-    return totals, report, calibrated
+    return totals, report
+
+
+def _scratch(plan: Plan, partial: Path) -> Scratch:
+    return Scratch(plan.recipe.output, partial, plan.recipe.runtime.work_directory)
 
 
 def _written_again(plan: Plan, journal: Journal) -> int:

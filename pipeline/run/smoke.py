@@ -93,7 +93,11 @@ def _in(
         f"smoke: {layers} of {plan.selection.layers} layers, {size_text(nbytes)} of {size_text(source.nbytes)}, "
         f"in {place}"
     )
-    imports = plan.calibration.imports + import_libraries(plan.backend.name) if plan.calibration is not None else 0.0
+    imports = (
+        plan.calibration.imports + import_libraries(plan.backend.load_libraries)
+        if plan.calibration is not None
+        else 0.0
+    )
     if session is not None:
         session.run([])  # until vLLM is imported: what is measured next would share the cores with that
     try:

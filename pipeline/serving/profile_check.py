@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -35,30 +36,45 @@ def hold_against(session: VllmWorker, text: str, checkpoint: Path) -> dict[str, 
 
 
 @contextmanager
-def profile_in_time(plan: Plan, server: Server | None) -> Iterator[Callable[[], None]]:
-    """Beside long work: vLLM's word on the profile, seconds after the start and not hours later.
+def profile_in_time(plan: Plan, server: Server | None, refused: Callable[[UsageError], None]) -> Iterator[None]:
+    """Within, beside long work: vLLM's word on the profile, seconds after the start and not hours later.
 
-    Yields:
-        What raises UsageError once vLLM has refused it; a run that is short learns it from the verification.
+    A run that is short learns it from the verification; so does one whose vLLM gives no answer.
+
+    Args:
+        plan: whose profile it is.
+        server: the vLLM; None where there is none.
+        refused: called at most once, from another thread, with the error to end with.
     """
     if server is None or plan.read_nbytes < EARLY:
-        yield lambda: None
+        yield
         return
     text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
-    with ThreadPoolExecutor(1, thread_name_prefix="profile") as beside, ExitStack() as running:
-        # begun here: Linux ends vLLM's process with the thread that started it
-        session = running.enter_context(VllmWorker(server)).begin()
-        asked = beside.submit(hold_against, session, text, plan.checkpoint.root)
+    running, one = ExitStack(), threading.Lock()
 
-        def look() -> None:
-            if not asked.done():
-                return
-            running.close()  # gives its memory back
-            answer = asked.result() if asked.exception() is None else {}
-            if not answer.get("error") and (problem := answer.get("problem")):
-                raise UsageError(
+    def end() -> None:
+        """End vLLM's process, which gives its memory back; not twice, whoever comes first."""
+        with one:
+            running.close()
+
+    def ask(session: VllmWorker) -> None:
+        try:
+            answer = hold_against(session, text, plan.checkpoint.root)
+        finally:
+            end()
+        if not answer.get("error") and (problem := answer.get("problem")):
+            refused(
+                UsageError(
                     f"serve: {server.name} refuses the profile: {problem}",
-                    remedy="mend it and run the same command to go on",
+                    remedy="fix it and run the same command to go on",
                 )
+            )
 
-        yield look
+    with ThreadPoolExecutor(1, thread_name_prefix="profile") as beside:
+        try:
+            # begun here: Linux ends vLLM's process with the thread that started it
+            session = running.enter_context(VllmWorker(server)).begin()
+            beside.submit(ask, session)
+            yield
+        finally:
+            end()

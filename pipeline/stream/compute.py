@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from pipeline.backends.base import DataFreeBackend
+from pipeline.backends.base import Backend, DataFreeBackend
 from pipeline.backends.fp8 import NonFiniteWeight, check_finite, transpose
-from pipeline.checkpoint.source import DTYPE_BYTES, SourceError
+from pipeline.checkpoint.source import DTYPE_BYTES
 from pipeline.journal import Digest
-from pipeline.plan.layout import Piece
-from pipeline.plan.plan import Plan
+from pipeline.plan.layout import Piece, Write
+from pipeline.stream.tensor_bytes import digest_of, is_weight, not_finite
 
 Span = tuple[float, float]
 
@@ -32,15 +31,24 @@ class Result:
     thread: str
 
 
+def parts(piece: Piece, data: memoryview) -> Iterator[tuple[Write, memoryview]]:
+    """The writes of a piece, each with its bytes of the piece's result `data`."""
+    return ((write, data[write.start : write.start + write.nbytes]) for write in piece.writes)
+
+
 class Compute:
     """What a quantizing thread does with a piece, and the memory that it does it in.
 
     Buffers are reused: fresh pages for every piece would cost a page fault each 4 KiB.
+
+    Args:
+        backend: asked for a quantizer of each dtype that a piece quantizes; a data-free one, where any does.
+        pieces: all that will ever be computed; the largest decides how long a buffer is.
     """
 
-    def __init__(self, plan: Plan, pieces: Sequence[Piece]) -> None:
+    def __init__(self, backend: Backend, pieces: Sequence[Piece]) -> None:
         dtypes = {piece.dtype for piece in pieces if piece.kind == "quantize"}
-        self._quantizers = {dtype: cast(DataFreeBackend, plan.backend).quantizer(dtype) for dtype in dtypes}
+        self._quantizers = {dtype: cast(DataFreeBackend, backend).quantizer(dtype) for dtype in dtypes}
         self._size = max((max(piece.nbytes, piece.result_nbytes) for piece in pieces), default=0)
         self._free: list[bytearray] = []  # list.append and list.pop are atomic
 
@@ -59,10 +67,7 @@ class Compute:
         """A piece that was read into `buffer`, with its hashes and times."""
         begin = time.time()
         data, used = self.result(piece, memoryview(buffer)[: piece.nbytes])
-        digests = [
-            Digest(w.tensor, w.offset, w.nbytes, hashlib.sha256(data[w.start : w.start + w.nbytes]).hexdigest())
-            for w in piece.writes
-        ]
+        digests = [digest_of(write.tensor, write.offset, part) for write, part in parts(piece, data)]
         thread = threading.current_thread().name
         return Result(piece, data, [buffer, *used], digests, read, (begin, time.time()), thread)
 
@@ -76,15 +81,12 @@ class Compute:
         try:
             return self._result(piece, data, used), used
         except NonFiniteWeight as error:
-            row = "" if error.row is None else f" in row {piece.first_row + error.row}"
-            raise SourceError(
-                f"{piece.tensor}: NaN or Inf{row}",
-                remedy="the checkpoint is damaged or the training diverged, use a sound one",
-            ) from None
+            row = None if error.row is None else piece.first_row + error.row
+            raise not_finite(piece.tensor, row) from None
 
     def _result(self, piece: Piece, data: memoryview, used: list[bytearray]) -> memoryview:
         if piece.kind == "copy":
-            if piece.tensor.endswith((".weight", ".bias", "_proj")):  # a mask in a buffer may well hold -Inf
+            if is_weight(piece.tensor):
                 check_finite(data, piece.dtype)
             return data
         width = DTYPE_BYTES[piece.dtype]
@@ -95,6 +97,6 @@ class Compute:
             data = turned
         used.append(self.take())
         result = memoryview(used[-1])[: piece.result_nbytes]
-        scales, codes = result[: piece.rows * width], result[piece.rows * width :]
-        self._quantizers[piece.dtype](data, codes, scales, piece.rows, piece.columns)
+        scales, values = result[: piece.rows * width], result[piece.rows * width :]
+        self._quantizers[piece.dtype](data, values, scales, piece.rows, piece.columns)
         return result

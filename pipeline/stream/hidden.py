@@ -1,4 +1,4 @@
-"""Hidden states between two layers: all batches in one block of BF16, on the GPU, in host memory or in a file."""
+"""The activation cache: the hidden states of all batches between two layers, and the files they may lie in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 import glob
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
+from pipeline.calibration.placement import Place
 from pipeline.checkpoint.writer import sync_directory
-
-if TYPE_CHECKING:
-    from pipeline.plan.plan import Plan
+from pipeline.stream.tensor_bytes import bytes_of
 
 CHUNK = 32 << 20
 
@@ -22,13 +23,19 @@ class Scratch:
 
     Only files of this run's names are ever removed: the work directory is the user's. Its names hold a hash of the
     output's path, so that runs to several outputs of one name do not meet.
+
+    Args:
+        output: as the recipe names it.
+        partial: where it is made.
+        work_directory: the recipe's ``runtime.work_directory``; None for a directory within `partial`.
     """
 
-    def __init__(self, plan: Plan, partial: Path) -> None:
-        self._partial, work = partial, plan.recipe.runtime.work_directory
-        self.directory = Path(work).expanduser().absolute() if work else partial / "quantize" / "hidden"
+    def __init__(self, output: str, partial: Path, work_directory: str | None) -> None:
+        self._partial = partial
+        own = partial / "quantize" / "hidden"
+        self.directory = Path(work_directory).expanduser().absolute() if work_directory else own
         mark = hashlib.sha256(str(partial.absolute()).encode()).hexdigest()[:12]
-        self._prefix = f"{Path(plan.recipe.output).name}-{mark}-hidden-" if work else "hidden-"
+        self._prefix = f"{Path(output).name}-{mark}-hidden-" if work_directory else "hidden-"
 
     def file(self, name: str) -> Path:
         """A file of this run."""
@@ -47,45 +54,55 @@ class Scratch:
                 self.directory.rmdir()
 
 
-class HiddenStates:
-    """The states of every batch, [rows, length, hidden], taken and put back layer by layer.
+class ActivationCache:
+    """The hidden states of every batch, [rows, length, width] each, taken and put back layer by layer.
+
+    They lie in one block of BF16: on the GPU, in host memory or in a file.
 
     Args:
-        plan: with a calibration; says how many tokens and where they wait.
-        device: what computes.
-        scratch: has the file, where they wait in one.
+        shapes: rows and length of every batch.
+        width: of a hidden state.
+        device: what computes, a ``torch.device``.
+        placement: where they wait between two layers.
+        path: of the file, where `placement` is ``file``; it has no name any more once it is open.
     """
 
-    def __init__(self, plan: Plan, device: Any, scratch: Scratch) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], width: int, device: Any, placement: Place, path: Path | None = None
+    ) -> None:
         import torch
 
-        assert plan.calibration is not None
-        self._device = device
-        self._shapes: list[tuple[int, int]] = []
+        self._device, self._shapes = device, shapes
         self._starts = [0]
-        for batch in plan.calibration.batches.batches:
-            self._shapes.append((batch.rows, batch.length))
-            self._starts.append(self._starts[-1] + batch.tokens)
-        width = plan.calibration.needs.hidden // (2 * self._starts[-1])
-        shape, place = (self._starts[-1], width), plan.calibration.place
-        if place == "device":
+        for rows, length in shapes:
+            self._starts.append(self._starts[-1] + rows * length)
+        shape = self._starts[-1], width
+        if placement == "device":
             self._all = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        elif place == "host":
+        elif placement == "host":
             self._all = torch.empty(shape, dtype=torch.bfloat16, pin_memory=device.type == "cuda")
         else:
-            path = scratch.file("now")
+            assert path is not None, "placement: file"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             flat = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=torch.bfloat16)
             path.unlink()  # the mapping holds it; nothing stays behind, however this process ends
             self._all = flat.view(shape)
 
+    def __enter__(self) -> ActivationCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._all  # an exception's traceback may keep this object, but not its memory
+
     def take(self, number: int) -> Any:
-        """A batch's states on the device."""
+        """The states of batch `number`, on the device."""
         return self._view(number).to(self._device, non_blocking=True)
 
     def put(self, number: int, state: Any) -> None:
-        """A batch's states after a layer."""
+        """Keep the states of batch `number` after a layer."""
         self._view(number).copy_(state, non_blocking=self._all.is_pinned())
 
     def _view(self, number: int) -> Any:
@@ -99,7 +116,7 @@ class HiddenStates:
         try:
             with draft.open("wb") as file:
                 for part in self._chunks():
-                    data = memoryview(part.cpu().contiguous().view(-1).view(_uint8()).numpy())
+                    data = bytes_of(part.cpu())
                     digest.update(data)
                     file.write(data)
                     nbytes += len(data)
@@ -114,6 +131,8 @@ class HiddenStates:
 
     def load(self, path: Path, nbytes: int, sha256: str) -> bool:
         """Fill in the states from a file; False, and nothing changed, where it is not what was saved."""
+        import torch
+
         try:
             if path.stat().st_size != nbytes or nbytes != self._all.numel() * 2:
                 return False
@@ -126,25 +145,9 @@ class HiddenStates:
             for part in self._chunks():
                 data = bytearray(part.numel() * 2)
                 file.readinto(data)
-                part.copy_(_bf16(data).view(part.shape))
+                part.copy_(torch.frombuffer(data, dtype=torch.bfloat16).view(part.shape))
         return True
 
-    def _chunks(self) -> Any:
+    def _chunks(self) -> Iterator[Any]:
         step = max(1, CHUNK // (2 * self._all.shape[1]))
         return (self._all[start : start + step] for start in range(0, len(self._all), step))
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        del self._all
-
-
-def _uint8() -> Any:
-    import torch
-
-    return torch.uint8
-
-
-def _bf16(data: bytearray) -> Any:
-    import torch
-
-    return torch.frombuffer(data, dtype=torch.bfloat16)

@@ -1,436 +1,340 @@
-"""The layer stream: one decoder layer at a time runs every batch, is quantized, written and let go.
+"""Layerwise calibration: one decoder layer at a time runs every batch, is quantized, written and released.
 
 While layer N computes, one thread reads layer N+1 and another hashes, writes and flushes layer N-1. Each weight is
-read once and each layer runs each batch once: hidden states wait between two layers on the GPU, in host memory or in
-a file. After a layer they may be saved; a killed run goes on from the last ones saved.
+read once and each layer runs each batch once: hidden states wait in the activation cache between two layers. After a
+layer the cache may be saved; a killed run goes on from the one that was saved last.
 
-The forward is BF16 and passes values through unquantized while ranges are collected, as ModelOpt's and
-llm-compressor's own calibration does.
+The forward is BF16 and passes values through unquantized while amax is observed, as ModelOpt's and llm-compressor's
+own calibration does.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.backends.base import CalibratedBackend, CalibrationError, Ranges
+from pipeline.backends.base import CalibratedBackend, Ranges
 from pipeline.calibration.placement import import_libraries, limit_device
-from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
-from pipeline.checkpoint.source import SourceError
+from pipeline.checkpoint.layout import OutputTensor
 from pipeline.checkpoint.writer import ShardWriter
-from pipeline.errors import DeviceFault, Interrupted, OutOfMemory, PipelineError, is_device_fault, is_out_of_memory
+from pipeline.errors import Interrupted, PipelineError
 from pipeline.events import EventLog
-from pipeline.journal import Digest, Journal, Saved
+from pipeline.journal import Journal, Saved
 from pipeline.machine.memory import peak_rss_bytes, reset_peak_rss
-from pipeline.plan.layout import LayerUnit, Piece
+from pipeline.plan.calibration import CalibrationPlan
+from pipeline.plan.layout import LayerUnit
 from pipeline.plan.plan import Plan
-from pipeline.stream.compute import Compute
-from pipeline.stream.forward import count_expert_tokens, return_memory, settings
-from pipeline.stream.hidden import HiddenStates, Scratch
-from pipeline.stream.layer_reader import LayerBuffers, RawLayer, bytes_of, refuse_not_finite, torch_dtypes
-from pipeline.stream.totals import Calibrated, Totals
+from pipeline.stream.compute import Compute, Span
+from pipeline.stream.forward import Forward, count_expert_tokens, deterministic, return_memory, synchronize
+from pipeline.stream.hidden import ActivationCache, Scratch
+from pipeline.stream.layer_reader import LayerReader, RawLayer
+from pipeline.stream.layer_writer import LayerWriter
+from pipeline.stream.tensor_bytes import torch_dtypes
+from pipeline.stream.totals import Totals
 
 if TYPE_CHECKING:
     import threading
 
-    from pipeline.model.skeleton import Skeleton
-
 SAVE_SECONDS = float(os.environ.get("PIPELINE_SAVE_SECONDS", "30"))  # tests shorten it
-TIMED = 64  # batches of a layer whose seconds its event has, at most
-Span = tuple[float, float]
+Progress = Callable[[str, int], None]
 
 
-def run_layers(
-    plan: Plan,
-    journal: Journal,
-    log: EventLog,
-    stop: threading.Event,
-    on_progress: Callable[[str, int], None],
-    totals: Totals,
-) -> Calibrated:
+def run_layers(plan: Plan, journal: Journal, log: EventLog, stop: threading.Event, on_progress: Progress) -> Totals:
     """Calibrate, quantize and write every decoder layer that the journal has not.
 
     Args:
         plan: with a calibration.
         journal: open; finished layers are skipped and new ones recorded.
         log: gets a ``layer`` event a layer.
-        stop: when set, the layer under way is finished, the hidden states are saved and `Interrupted` raised.
+        stop: when set, the layer under way is finished, the activation cache is saved and `Interrupted` raised.
         on_progress: called with a label and the bytes read, layer by layer.
-        totals: of this process; added to.
 
     Raises:
-        CalibrationError: a range gives no usable scale; the module is named.
+        CalibrationError: an amax gives no usable scale; the module is named.
         SourceError: a weight is not finite, a file changed, or transformers cannot load a layer.
         Interrupted: `stop` was set before the last layer.
     """
     assert plan.calibration is not None
-    seen = Calibrated()
     todo = [layer for layer in plan.layers if layer.unit not in journal.done]
     if not todo:
-        return seen
-    seen.imports = plan.calibration.imports + import_libraries(plan.backend.name)
-    log.write("imports", seconds=round(seen.imports, 3))
+        return Totals()
+    imports = plan.calibration.imports + import_libraries(plan.backend.load_libraries)
+    log.write("imports", seconds=round(imports, 3))
     limit_device(plan.calibration.device)
     begun = time.perf_counter()
-    with settings(plan), ShardWriter(journal.partial, plan.shards) as writer:
-        _Stream(plan, journal, log, stop, on_progress, totals, seen, writer).run(todo[0])
-    totals.seconds += time.perf_counter() - begun
+    with deterministic(plan.threads), ShardWriter(journal.partial, plan.shards) as shards:
+        totals = _calibrate(plan, plan.calibration, todo[0], journal, log, stop, on_progress, shards)
+    totals.imports, totals.seconds = imports, time.perf_counter() - begun
     if len(journal.done) < plan.units:
         raise Interrupted("interrupted")
-    return seen
+    return totals
 
 
-class _Stream:
-    """One call of `run_layers`."""
+def _calibrate(
+    plan: Plan,
+    calibration: CalibrationPlan,
+    first_open: LayerUnit,
+    journal: Journal,
+    log: EventLog,
+    stop: threading.Event,
+    on_progress: Progress,
+    shards: ShardWriter,
+) -> Totals:
+    """All layers, from the activation cache that was saved last on."""
+    import torch
+
+    from pipeline.model.skeleton import Skeleton
+
+    backend = cast(CalibratedBackend, plan.backend)
+    begin = time.time()
+    device = torch.device(calibration.device.kind)
+    scratch = Scratch(plan.recipe.output, journal.partial, plan.recipe.runtime.work_directory)
+    skeleton = Skeleton.build(plan.checkpoint, plan.selection, device)
+    backend.prepare(skeleton, plan.selection)
+    with _activation_cache(calibration, device, scratch) as cache:
+        snapshots = _Snapshots(cache, scratch, journal, log)
+        forward = Forward(skeleton, calibration.batches.batches, device, cache)
+        forward.embed(plan.checkpoint)
+        first = snapshots.restore(first_open.index)
+        log.write("skeleton", span=[begin, time.time()], first=first, place=calibration.place)
+        layers = plan.layers[first:]
+        compute = Compute(plan.backend, [piece for layer in layers for piece in layer.pieces])
+        with (
+            LayerReader(plan.checkpoint, layers, device) as reader,
+            LayerWriter(shards, plan.outputs, compute, journal, plan.threads) as writer,
+        ):
+            one = _OneLayer(backend, plan.outputs, forward, device)
+            work = _AllLayers(one, reader, writer, snapshots, journal, log, calibration.batches.tokens)
+            work.run(layers, stop, on_progress)
+    return Totals(
+        bytes_read=reader.bytes_read, bytes_written=writer.bytes_written, units=writer.units,
+        peak_rss_bytes=one.peak_rss_bytes, layers=work.layers, forwards=forward.count, replayed=work.replayed,
+        reads=reader.reads, notes=snapshots.notes,
+    )  # fmt: skip
+
+
+def _activation_cache(calibration: CalibrationPlan, device: Any, scratch: Scratch) -> ActivationCache:
+    shapes = [(batch.rows, batch.length) for batch in calibration.batches.batches]
+    width = calibration.needs.hidden // (2 * calibration.batches.tokens)
+    return ActivationCache(shapes, width, device, calibration.place, scratch.file("now"))
+
+
+# --- all layers --------------------------------------------------------------------------------------
+
+
+class _AllLayers:
+    """The layers on their way from the reader through the calibration to the writer.
+
+    Attributes:
+        layers: how many ran.
+        replayed: how many of them an earlier run had finished.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        one: _OneLayer,
+        reader: LayerReader,
+        writer: LayerWriter,
+        snapshots: _Snapshots,
         journal: Journal,
         log: EventLog,
-        stop: threading.Event,
-        on_progress: Callable[[str, int], None],
-        totals: Totals,
-        seen: Calibrated,
-        writer: ShardWriter,
+        tokens: int,
     ) -> None:
-        import torch
+        self._one, self._reader, self._writer, self._snapshots = one, reader, writer, snapshots
+        self._journal, self._log, self._tokens = journal, log, tokens
+        self.layers = self.replayed = 0
 
-        assert plan.calibration is not None and isinstance(plan.backend, CalibratedBackend)
-        self.plan, self.calibration, self.backend = plan, plan.calibration, plan.backend
-        self.journal, self.log, self.stop, self.writer = journal, log, stop, writer
-        self.on_progress, self.totals, self.seen = on_progress, totals, seen
-        self.device = torch.device(self.calibration.device.kind)
-        self.compute = Compute(plan, [piece for layer in plan.layers for piece in layer.pieces])
-        self.buffers = LayerBuffers(plan.layers, self.device)
-        self.scratch = Scratch(plan, journal.partial)
-        self.saved_at = time.monotonic()
-
-    def run(self, first_open: LayerUnit) -> None:
-        """All layers from the last saved hidden states on."""
-        from pipeline.model.skeleton import Skeleton
-
-        begin = time.time()
-        skeleton = Skeleton.build(self.plan.checkpoint, self.plan.selection, self.device)
-        self.backend.prepare(skeleton, self.plan.selection)
-        hidden = HiddenStates(self.plan, self.device, self.scratch)
-        try:
-            calls = self._embed(skeleton, hidden)
-            first = self._restore(hidden, first_open.index)
-            self.log.write("skeleton", span=[begin, time.time()], first=first, place=self.calibration.place)
-            with (
-                ThreadPoolExecutor(1, thread_name_prefix="read") as reader,
-                ThreadPoolExecutor(1, thread_name_prefix="write") as behind,
-                ThreadPoolExecutor(self.plan.threads, thread_name_prefix="quantize") as pool,
-            ):
-                try:
-                    self._pass(self.plan.layers[first:], skeleton, hidden, calls, reader, behind, pool)
-                finally:
-                    self.buffers.close()
-        finally:
-            hidden.close()
-
-    def _pass(
-        self,
-        layers: tuple[LayerUnit, ...],
-        skeleton: Skeleton,
-        hidden: HiddenStates,
-        calls: list[list[dict[str, Any]]],
-        reader: ThreadPoolExecutor,
-        behind: ThreadPoolExecutor,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        ahead = reader.submit(self._read, layers[0])
-        writing: Future[None] | None = None
-        for position, unit in enumerate(layers):
-            raw, read = ahead.result()
-            last = position + 1 == len(layers)
-            if not last:
-                ahead = reader.submit(self._read, layers[position + 1])
-            done = unit.unit in self.journal.done
-            made, ranges, timing = self._one(unit, raw, skeleton, hidden, calls, done)
-            timing["read"] = read
-            self.seen.layers += 1
-            if writing is not None:
-                writing.result()
+    def run(self, layers: tuple[LayerUnit, ...], stop: threading.Event, on_progress: Progress) -> None:
+        """Run, and write, these layers; with `stop`, end after the one under way, its output saved."""
+        for unit, raw in zip(layers, self._reader, strict=True):
+            done, last = unit.unit in self._journal.done, unit is layers[-1]
             if done:
-                self.seen.replayed += 1
-                self.buffers.give_back(raw)
-                self._log_layer(unit, timing, {"replayed": True, "bytes_written": 0})
+                self._replay(unit, raw)
             else:
-                writing = behind.submit(self._write, unit, raw, made, ranges, timing, pool)
-            del made
-            self.on_progress(unit.label, unit.nbytes)
-            stopping = self.stop.is_set() and not last
-            if not done and not last and (stopping or time.monotonic() - self.saved_at >= SAVE_SECONDS):
-                assert writing is not None
-                writing.result()  # what is saved speaks of layers that are on the device
-                self._save(hidden, unit)
+                self._convert(unit, raw)
+            self.layers += 1
+            on_progress(unit.label, unit.nbytes)
+            stopping = stop.is_set() and not last
+            if not done and not last and (stopping or self._snapshots.due()):
+                self._writer.wait()  # what is saved speaks of layers that are on the device
+                self._snapshots.save(unit.index)
             if stopping:
                 break
-        if writing is not None:
-            writing.result()
+        self._writer.wait()
 
-    # --- one layer ---
+    def _replay(self, unit: LayerUnit, raw: RawLayer) -> None:
+        """Run a layer that an earlier run finished, for what it makes of the batches alone."""
+        result = self._one.run(unit, raw, finish=False)
+        self._writer.wait()
+        self._reader.give_back(raw)
+        self.replayed += 1
+        self._log_layer(unit, result.timing, replayed=True, bytes_written=0)
 
-    def _one(
-        self,
-        unit: LayerUnit,
-        raw: RawLayer,
-        skeleton: Skeleton,
-        hidden: HiddenStates,
-        calls: list[list[dict[str, Any]]],
-        done: bool,
-    ) -> tuple[dict[str, Any], Ranges, dict[str, Any]]:
-        """Load, run, and, where an earlier run has not done so already, quantize a layer."""
-        import torch
+    def _convert(self, unit: LayerUnit, raw: RawLayer) -> None:
+        result = self._one.run(unit, raw, finish=True)
 
-        timing: dict[str, Any] = {}
-        self.totals.peak_rss_bytes = max(self.totals.peak_rss_bytes, peak_rss_bytes())
-        return_memory()
-        reset_peak_rss()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.time()
-        layer = skeleton.load_layer(unit.index, raw.tensors)
-        self._wait()
-        timing["load"] = (begin, time.time())
-        counts = count_expert_tokens(layer)
+        def written(nbytes: int, span: Span) -> None:
+            self._reader.give_back(raw)
+            result.timing["write"] = span
+            self._log_layer(unit, result.timing, bytes_written=nbytes)
 
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
-        batches = self.calibration.batches.batches
-        by_tokens = sorted(range(len(batches)), key=lambda number: batches[number].tokens)
-        # a GPU computes while this goes on; many batches are timed as well by some of all sizes
-        step = -(-len(batches) // TIMED)
-        timed = {*by_tokens[::step], by_tokens[-1]} if self.device.type == "cpu" else set()
+        self._writer.wait()
+        self._writer.submit(unit, raw, result.made, result.ranges.as_json(), written)
 
-        def run(number: int) -> Any:
-            result = layer.module(hidden.take(number), **calls[number][unit.index])
-            return result[0] if isinstance(result, tuple) else result
-
-        def forward() -> None:
-            start = time.time()
-            for number in range(len(calls)):
-                began = time.time()
-                result = run(number)
-                finite.logical_and_(result.isfinite().all())
-                hidden.put(number, result)
-                self.seen.forwards += 1
-                if number in timed:
-                    seconds = round(time.time() - began, 6)
-                    timing.setdefault("timed_batches", []).append((batches[number].tokens, seconds))
-            self._wait()
-            timing["forward"] = (start, time.time())
-            if not bool(finite):
-                raise CalibrationError(
-                    f"{unit.label}: what it computes is not finite; its weights are damaged, or overflow in BF16"
-                )
-
-        made: dict[str, Any] = {}
-        with torch.no_grad():
-            try:
-                ranges = self.backend.calibrate(layer, forward, lambda: run(len(calls) - 1))
-            except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise OutOfMemory(
-                        f"{unit.label}: memory of {self.device.type} ran out with this layer and "
-                        f"{batches[by_tokens[-1]].tokens} tokens at once",
-                        remedy="free some, lower calibration.batch_tokens, or use another runtime.device",
-                    ) from None
-                text = (str(error).strip().splitlines() or [""])[0][:200]
-                if is_device_fault(error):
-                    raise DeviceFault(
-                        f"{unit.label}: the GPU failed ({text})",
-                        remedy="look at its health (dmesg, nvidia-smi -q), then run the same command again to go on",
-                    ) from error
-                raise PipelineError(
-                    f"{unit.label}: transformers cannot run this layer ({type(error).__name__}: {text})",
-                    remedy="does config.json belong to these weights?",
-                ) from error
-            ranges.tokens_of_experts = counts()
-            if not done:
-                begin = time.time()
-                made = self.backend.finish(layer, ranges)
-                self._wait()
-                timing["quantize"] = (begin, time.time())
-                _check_made(unit, made, self.plan)
-        timing["device_bytes"] = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
-        skeleton.drop_layer(unit.index)
-        return made, ranges, timing
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
-    # --- reading ---
-
-    def _read(self, unit: LayerUnit) -> tuple[RawLayer, Span]:
-        """Read a layer's tensors, each once, and look for NaN and Inf in them."""
-        raw = self.buffers.take()
-        begin = time.time()
-        order = sorted(unit.tensors, key=lambda tensor: (tensor.shard, tensor.offset))
-        for index in dict.fromkeys(tensor.shard for tensor in order):
-            shard = self.plan.checkpoint.shards[index]
-            file = open_shard(shard)
-            try:
-                here = [tensor for tensor in order if tensor.shard == index]
-                for tensor in here:
-                    announce(file, tensor.offset, tensor.nbytes)
-                for tensor in here:
-                    view = raw.add(tensor)
-                    read_exactly(file, shard, tensor.name, tensor.offset, view)
-                    self.seen.reads[tensor.name] += 1
-                    if tensor.name.endswith((".weight", ".bias", "_proj")):  # a mask in a buffer may well hold -Inf
-                        refuse_not_finite(tensor, view)
-            finally:
-                os.close(file)
-            refuse_changed(shard)
-        self.totals.bytes_read += unit.nbytes
-        return raw, (begin, time.time())
-
-    # --- writing ---
-
-    def _write(
-        self,
-        unit: LayerUnit,
-        raw: RawLayer,
-        made: dict[str, Any],
-        ranges: Ranges,
-        timing: dict[str, Any],
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        """Put a finished layer into the shards, flush, record it."""
-        begin = time.time()
-
-        def compute(piece: Piece) -> list[Digest]:
-            data, used = self.compute.result(piece, raw.view(piece))
-            digests = [
-                self._put(write.tensor, write.offset, data[write.start : write.start + write.nbytes])
-                for write in piece.writes
-                if write.tensor not in made  # what balancing changed is the backend's
-            ]
-            self.compute.give_back(used)
-            return digests
-
-        def put(name: str) -> list[Digest]:
-            return [self._put(name, self.plan.outputs[name].offset, bytes_of(made[name]))]
-
-        futures = [pool.submit(compute, piece) for piece in unit.pieces] + [pool.submit(put, name) for name in made]
-        digests = [digest for future in futures for digest in future.result()]
-        self.writer.flush()
-        self.journal.finish(unit.unit, digests, ranges.as_json())
-        self.buffers.give_back(raw)
-        written = sum(digest.nbytes for digest in digests)
-        timing["write"] = (begin, time.time())
-        self._log_layer(unit, timing, {"bytes_written": written})
-        self.totals.units += 1
-        self.totals.bytes_written += written
-
-    def _put(self, name: str, offset: int, data: memoryview) -> Digest:
-        self.writer.write(self.plan.outputs[name].shard, offset, data)
-        return Digest(name, offset, len(data), hashlib.sha256(data).hexdigest())
-
-    def _log_layer(self, unit: LayerUnit, timing: dict[str, Any], more: dict[str, Any]) -> None:
-        tokens, (begin, end) = self.calibration.batches.tokens, timing["forward"]
-        rate = round(tokens / max(end - begin, 1e-9))
-        self.log.write(
-            "layer", label=unit.label, index=unit.index, **timing, bytes_read=unit.nbytes, tokens=tokens,
-            tokens_per_s=rate, rss_bytes=peak_rss_bytes(), **more,
+    def _log_layer(self, unit: LayerUnit, timing: dict[str, Any], **more: Any) -> None:
+        begin, end = timing["forward"]
+        self._log.write(
+            "layer", label=unit.label, index=unit.index, **timing, bytes_read=unit.nbytes, tokens=self._tokens,
+            tokens_per_s=round(self._tokens / max(end - begin, 1e-9)), rss_bytes=peak_rss_bytes(), **more,
         )  # fmt: skip
 
-    # --- hidden states before the first layer, and between two runs ---
 
-    def _embed(self, skeleton: Skeleton, hidden: HiddenStates) -> list[list[dict[str, Any]]]:
-        """Fill in the hidden states before the first layer; returns what every layer is called with, by batch."""
+# --- one layer ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Result:
+    """What came of one layer.
+
+    Attributes:
+        made: by output tensor name, what the backend made of it, as tensors on the CPU.
+        ranges: what was observed.
+        timing: spans and memory by the names that the event ``layer`` has for them.
+    """
+
+    made: dict[str, Any] = field(default_factory=dict)
+    ranges: Ranges = field(default_factory=Ranges)
+    timing: dict[str, Any] = field(default_factory=dict)
+
+
+class _OneLayer:
+    """Loads a layer, runs every batch through it while the backend observes, and has the backend quantize it.
+
+    Attributes:
+        peak_rss_bytes: the most memory this process had before the layer that ran last; each begins it anew.
+    """
+
+    def __init__(
+        self, backend: CalibratedBackend, outputs: Mapping[str, OutputTensor], forward: Forward, device: Any
+    ) -> None:
+        self._backend, self._outputs, self._forward, self._device = backend, outputs, forward, device
+        self.peak_rss_bytes = 0
+
+    def run(self, unit: LayerUnit, raw: RawLayer, finish: bool) -> _Result:
+        """Calibrate a layer and, with `finish`, quantize it; its weights are released."""
         import torch
 
-        checkpoint = self.plan.checkpoint
-        tensor = checkpoint.tensors[skeleton.embedding_tensor]
-        shard = checkpoint.shards[tensor.shard]
-        file = open_shard(shard)
+        result = _Result(timing={"read": raw.span})
+        timing = result.timing
+        self._begin_peaks()
+        begin = time.time()
+        layer = self._forward.load(unit.index, raw.tensors)
+        timing["load"] = begin, time.time()
+        tokens_of_experts = count_expert_tokens(layer)
 
-        def rows(ids: list[int]) -> Any:
-            """Single rows: a batch needs a few hundred of them, and the table may be larger than a layer."""
-            width = tensor.nbytes // tensor.shape[0]
-            data = bytearray(len(ids) * width)
-            for place, token in enumerate(ids):
-                if not 0 <= token < tensor.shape[0]:
-                    raise SourceError(
-                        f"{tensor.name}: it has {tensor.shape[0]} rows, but the tokenizer gives token {token}; the "
-                        "tokenizer belongs to another model"
-                    )
-                view = memoryview(data)[place * width : (place + 1) * width]
-                read_exactly(file, shard, tensor.name, tensor.offset + token * width, view)
-            refuse_not_finite(tensor, memoryview(data))
-            table = torch.frombuffer(data, dtype=torch_dtypes()[tensor.dtype]).view(len(ids), tensor.shape[1])
-            return table.to(device=self.device, dtype=torch.bfloat16)
+        def forward() -> None:
+            passed = self._forward.run(layer)
+            timing["forward"] = passed.span
+            if passed.timed:
+                timing["timed_batches"] = passed.timed
 
-        try:
-            known: dict[tuple[int, int], list[dict[str, Any]]] = {}
-            calls = []
-            batches = self.calibration.batches.batches
-            for number, (state, each) in enumerate(skeleton.first_inputs(batches, rows)):
-                hidden.put(number, state)
-                shape = batches[number].rows, batches[number].length
-                calls.append(known.setdefault(shape, each))  # nothing is padded: the shape decides positions and masks
-            return calls
-        finally:
-            os.close(file)
+        with torch.no_grad():
+            with self._forward.explained(layer):
+                result.ranges = self._backend.calibrate(layer, forward, lambda: self._forward.probe(layer))
+            result.ranges.tokens_of_experts = tokens_of_experts()
+            if finish:
+                begin = time.time()
+                result.made = self._backend.finish(layer, result.ranges)
+                synchronize(self._device)
+                timing["quantize"] = begin, time.time()
+                _refuse_unplanned(unit, result.made, self._outputs, self._backend.name)
+        timing["device_bytes"] = torch.cuda.max_memory_reserved() if self._device.type == "cuda" else 0
+        self._forward.drop(layer)
+        return result
 
-    def _restore(self, hidden: HiddenStates, first_open: int) -> int:
-        """Go back to the hidden states that were saved last; returns the layer that comes next."""
-        saved = self.journal.saved
-        if saved is None or saved.layer >= first_open:
-            return 0
-        path = self.journal.partial / saved.file
-        if not hidden.load(path, saved.nbytes, saved.sha256):
-            self.log.write("hidden_lost", layer=saved.layer, file=saved.file)
-            self.seen.notes.append(f"{path}: the hidden states saved there are lost; all forwards ran again")
-            return 0
-        return saved.layer + 1
+    def _begin_peaks(self) -> None:
+        """From here on the peaks of memory are this layer's."""
+        import torch
 
-    def _save(self, hidden: HiddenStates, unit: LayerUnit) -> None:
-        """One generation is kept: the one before goes once the journal knows the new one."""
-        begin, before = time.time(), self.journal.saved
-        path = self.scratch.file(f"{unit.index:05d}")
-        self.saved_at = time.monotonic()
-        try:
-            nbytes, digest = hidden.save(path)
-        except OSError as error:  # a later resume has more to replay; that is no reason to end
-            self.log.write("hidden_not_saved", layer=unit.index, error=str(error))
-            self.seen.notes.append(
-                f"{path}: hidden states could not be saved ({error.strerror}); a resume would replay"
-            )
-            return
-        self.journal.save(Saved(unit.index, self.scratch.relative(path), nbytes, digest))
-        if before is not None and (old := self.journal.partial / before.file) != path:
-            old.unlink(missing_ok=True)
-        self.log.write("hidden_saved", layer=unit.index, bytes=nbytes, span=[begin, time.time()])
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes())
+        return_memory()
+        reset_peak_rss()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
 
-# --- what a layer is read into -----------------------------------------------------------------------
-
-
-# --- guards and settings -----------------------------------------------------------------------------
-
-
-def _check_made(unit: LayerUnit, made: dict[str, Any], plan: Plan) -> None:
-    """What the plan promised, with its shape and dtype; a failure here is a mistake of this program."""
+def _refuse_unplanned(
+    unit: LayerUnit, made: Mapping[str, Any], outputs: Mapping[str, OutputTensor], backend: str
+) -> None:
+    """What was planned has to be made, with its shape and dtype; a failure here is a mistake of this program."""
     import torch
 
     dtypes = {**torch_dtypes(), "F8_E4M3": torch.float8_e4m3fn}
     if missing := [name for name in unit.made if name not in made]:
-        raise PipelineError(f"{missing[0]}: {plan.backend.name} made no such tensor", remedy="please report it")
+        raise PipelineError(f"{missing[0]}: {backend} made no such tensor", remedy="please report it")
     for name, value in made.items():
-        output = plan.outputs.get(name)
+        output = outputs.get(name)
         if output is None or (dtypes[output.dtype], output.shape) != (value.dtype, tuple(value.shape)):
             planned = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
             raise PipelineError(
-                f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}", remedy="please report it"
+                f"{name}: made as {value.dtype} {list(value.shape)}, planned as {planned}",
+                remedy="please report it",
             )
+
+
+# --- between two runs --------------------------------------------------------------------------------
+
+
+class _Snapshots:
+    """Saves the activation cache after a layer, now and then, and restores what was saved last.
+
+    Attributes:
+        notes: what could not be restored or saved, for the user.
+    """
+
+    def __init__(self, cache: ActivationCache, scratch: Scratch, journal: Journal, log: EventLog) -> None:
+        self._cache, self._scratch, self._journal, self._log = cache, scratch, journal, log
+        self._saved_at = time.monotonic()
+        self.notes: list[str] = []
+
+    def restore(self, first_open: int) -> int:
+        """Go back to what was saved last.
+
+        Args:
+            first_open: the first layer that has to be written; what was saved after it, or a later one, is of no use.
+
+        Returns:
+            The layer that comes next; 0, and nothing changed, where nothing was saved or it is lost.
+        """
+        saved = self._journal.saved
+        if saved is None or saved.layer >= first_open:
+            return 0
+        path = self._journal.partial / saved.file
+        if not self._cache.load(path, saved.nbytes, saved.sha256):
+            self._log.write("hidden_lost", layer=saved.layer, file=saved.file)
+            self.notes.append(f"{path}: the hidden states saved there are lost; all forwards ran again")
+            return 0
+        return saved.layer + 1
+
+    def due(self) -> bool:
+        """Whether the last one is old enough that a kill would cost too much."""
+        return time.monotonic() - self._saved_at >= SAVE_SECONDS
+
+    def save(self, layer: int) -> None:
+        """Save what `layer` made of the batches; the file before goes once the journal knows the new one."""
+        begin, before = time.time(), self._journal.saved
+        path = self._scratch.file(f"{layer:05d}")
+        self._saved_at = time.monotonic()
+        try:
+            nbytes, digest = self._cache.save(path)
+        except OSError as error:  # a later resume has more to replay; that is no reason to end
+            self._log.write("hidden_not_saved", layer=layer, error=str(error))
+            self.notes.append(f"{path}: hidden states could not be saved ({error.strerror}); a resume would replay")
+            return
+        self._journal.save(Saved(layer, self._scratch.relative(path), nbytes, digest))
+        if before is not None and (old := self._journal.partial / before.file) != path:
+            old.unlink(missing_ok=True)
+        self._log.write("hidden_saved", layer=layer, bytes=nbytes, span=[begin, time.time()])

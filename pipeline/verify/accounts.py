@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, Tensor
-from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, FP8, PACKED, Method
+from pipeline.formats.base import FP8, Format
+from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, PACKED
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import expected_modules, select
 from pipeline.verify.ignore_list import aliases, targeted
@@ -18,7 +19,7 @@ def check_accounts(
     source: Checkpoint,
     ignore: IgnoreList,
     section: dict[str, Any] | None,
-    method: Method | None,
+    method: Format | None,
     report: Report,
 ) -> str:
     """Hold every tensor of the source against what stands in its place, and every tensor here against the source."""

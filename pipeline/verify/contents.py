@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.backends.fp8 import NonFiniteWeight, transpose
-from pipeline.backends.llmcompressor import FP8Dynamic
+from pipeline.backends.registry import Scheme, of_format
 from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.result import CALIBRATION, FILES, JOURNAL
 from pipeline.checkpoint.sidecars import changed_files
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
 from pipeline.checkpoint.values import FORMATS
-from pipeline.formats.kv_scales import E4M3_MAX
-from pipeline.formats.methods import FP8, MODELOPT, Method, quantization_section
+from pipeline.formats.base import FP8, Format
+from pipeline.formats.dequantize import block_of, dequantize
+from pipeline.formats.methods import quantization_section
 from pipeline.journal import Digest, read_identity, read_pieces
 from pipeline.machine.system import default_threads
 from pipeline.model.fused import fused_groups
@@ -112,13 +113,14 @@ def _check_files(result: Checkpoint, report: Report) -> None:
         report.checked.append("small files: SHA-256 as recorded by the run")
 
 
-def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, report: Report) -> str:
+def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, report: Report) -> str:
     """What stays against the source; what is quantized against the source quantized once more.
 
     Weights of a layout that is not made here are dequantized and compared as numbers, where their scales say how.
     """
     selection, same, again, other, near, unread = select(source), 0, 0, 0, 0, 0
     ours = _made_here(result)
+    scheme = of_format(method) if method is not None else None
     powers = _powers(result)
     reaches: dict[str, tuple[float, float]] = {}
     for name, tensor in source.tensors.items():
@@ -133,10 +135,24 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, r
             if _as_dtype(read_tensor(source, tensor), tensor.dtype, kind) != read_tensor(result, found):
                 text = f"{name}: it holds other numbers than the source's, rounded to {kind}"
                 report.add("rounded-values-differ", name, text)
-        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES and not _repeatable(method, tensor, ours):
-            if (distance := _distance(source, tensor, result)) is None:
-                unread += found is not None and found.dtype not in FLOAT_DTYPES
+        elif role not in ("linear", "experts") or tensor.dtype not in FLOAT_DTYPES:
+            continue
+        elif scheme is not None and scheme.format.can_repeat(tensor.dtype, ours):
+            again += 1
+            try:
+                wrong, far = _quantize_again(source, tensor, result, role, selection, scheme, powers, reaches)
+            except NonFiniteWeight:
+                report.add("source-not-finite", name, f"{name}: NaN or Inf in the source")
                 continue
+            if wrong and not ours and not far:
+                other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
+            elif wrong:
+                how = f"{scheme.numerics} numerics on a CPU"
+                text = f"{wrong}: not what the source's {name} gives when it is quantized ({how})"
+                report.add("requantized-differs", wrong, text)
+        elif (distance := _distance(source, tensor, result)) is None:
+            unread += found is not None and found.dtype not in FLOAT_DTYPES
+        else:
             near += 1
             if not distance <= FAR:
                 report.add(
@@ -145,24 +161,6 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, r
                     f"{name}: what the checkpoint holds for it is {distance:.0%} away from the source's weight; 8 bits "
                     "cost about 3%",
                 )
-        elif role in ("linear", "experts") and tensor.dtype in FLOAT_DTYPES:
-            again += 1
-            try:
-                if method is MODELOPT:
-                    wrong, far = _repack(source, tensor, result, role, selection, powers, reaches)
-                else:
-                    wrong, far = _requantize(source, tensor, result, role, selection)
-            except NonFiniteWeight:
-                report.add("source-not-finite", name, f"{name}: NaN or Inf in the source")
-                continue
-            if wrong and not ours and not far:
-                other += 1  # whoever made it may have used a GPU, whose kernels round otherwise
-            elif wrong:
-                numerics = "ModelOpt's" if method is MODELOPT else "llm-compressor's"
-                text = (
-                    f"{wrong}: not what the source's {name} gives when it is quantized ({numerics} numerics on a CPU)"
-                )
-                report.add("requantized-differs", wrong, text)
     _check_coarse_scales(reaches, report)
     if unread:
         text = f"the codes of {unread} weights are in a layout whose numbers are not compared here"
@@ -175,13 +173,6 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Method | None, r
     quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
     quantized += [f"{near} weights dequantized: within {FAR:.0%} of the source's"] if near else []
     return "; ".join([f"{same} tensors that stay as they are: byte for byte the source's", *quantized])
-
-
-def _repeatable(method: Method | None, tensor: Tensor, ours: bool) -> bool:
-    """Whether a weight can be quantized once more here to the same bits: others take F16 for what it is in ModelOpt."""
-    if method is None or not method.repeatable:
-        return False
-    return ours or method is not MODELOPT or tensor.dtype == "BF16"
 
 
 def _check_coarse_scales(reaches: dict[str, tuple[float, float]], report: Report) -> None:
@@ -202,46 +193,26 @@ def _check_coarse_scales(reaches: dict[str, tuple[float, float]], report: Report
 def _distance(source: Checkpoint, tensor: Tensor, result: Checkpoint) -> float | None:
     """How far an FP8 weight, dequantized, is from its source's: the norm of the difference over the source's norm.
 
-    None where the result's tensor has no E4M3 codes with a scale a tensor, a row or a block.
+    None where the result's tensor has no E4M3 values with a per-tensor, per-channel or block-wise scale.
     """
     import torch
 
     module = tensor.name.removesuffix(".weight")
-    codes = result.tensors.get(f"{module}.weight")
+    values = result.tensors.get(f"{module}.weight")
     scale = next((result.tensors[f"{module}.{s}"] for s in WEIGHT_SCALES if f"{module}.{s}" in result.tensors), None)
-    if codes is None or scale is None or codes.dtype != FP8 or codes.shape != tensor.shape or len(tensor.shape) != 2:
+    if values is None or scale is None or values.dtype != FP8 or values.shape != tensor.shape or len(tensor.shape) != 2:
         return None
     if (kind := _kind(scale.dtype)) is None:
         return None
-    factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=kind).float()
-    rows, columns = tensor.shape
-    if len(scale.shape) == 2 and scale.shape[1] > 1:
-        high, wide = _block(result)
-        factor = factor.view(scale.shape).repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
-        if factor.shape != (rows, columns):
-            return None
-    elif factor.numel() in (1, rows):
-        factor = factor.view(-1, 1)
-    else:
+    factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=kind).view(scale.shape)
+    held = torch.frombuffer(bytearray(read_tensor(result, values)), dtype=torch.float8_e4m3fn).view(tensor.shape)
+    found = dequantize(held, factor, block_of(quantization_section(result) or {}))
+    if found is None:
         return None
-    weight = torch.frombuffer(bytearray(read_tensor(source, tensor)), dtype=_kind(tensor.dtype)).view(rows, columns)
-    held = torch.frombuffer(bytearray(read_tensor(result, codes)), dtype=torch.float8_e4m3fn).view(rows, columns)
-    norm = float(weight.float().norm())
-    return float((held.float() * factor - weight.float()).norm()) / norm if norm else 0.0
-
-
-def _block(result: Checkpoint) -> tuple[int, int]:
-    """Rows and columns that share a scale: `weight_block_size` of ``fp8``, `block_structure` of compressed-tensors."""
-    section = quantization_section(result) or {}
-    groups = section.get("config_groups") or {}
-    said = [
-        section.get("weight_block_size"),
-        *((g.get("weights") or {}).get("block_structure") for g in groups.values()),
-    ]
-    high, wide = next((size for size in said if size), (128, 128))
-    if not all(isinstance(size, int) and 0 < size < 1 << 31 for size in (high, wide)):
-        raise ValueError(f"blocks of {high}x{wide}")
-    return int(high), int(wide)
+    raw = bytearray(read_tensor(source, tensor))
+    weight = torch.frombuffer(raw, dtype=_kind(tensor.dtype)).view(tensor.shape).float()
+    norm = float(weight.norm())
+    return float((found - weight).norm()) / norm if norm else 0.0
 
 
 def _made_here(result: Checkpoint) -> bool:
@@ -281,23 +252,26 @@ def _scaled(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor, powers:
     return bool(torch.equal(before * 2.0**power, after))
 
 
-def _repack(
+def _quantize_again(
     source: Checkpoint,
     tensor: Tensor,
     result: Checkpoint,
     role: str,
     selection: Selection,
+    scheme: Scheme,
     powers: dict[str, int],
     reaches: dict[str, tuple[float, float]],
 ) -> tuple[str | None, bool]:
-    """As `_requantize`, for one scale a tensor: codes with the stored scale, and whether that scale is large enough.
+    """The first output tensor that is not what `tensor` gives when it is quantized again, and whether one is far off.
 
-    `reaches` gets, by module, the weight's largest magnitude and the largest that the stored scale can hold.
+    `reaches` gets, by module, the weight's amax and the largest magnitude that the stored scale can hold, where scales
+    are not made from the weight itself.
+
+    Raises:
+        NonFiniteWeight: the source's weight is not finite.
     """
-    import torch
-    from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
-
     wrong: str | None = None
+    width = DTYPE_BYTES[tensor.dtype]
     layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
     modules = list(expected_modules(tensor.name, tensor, role, selection))
     each = len(modules) // layout.experts if layout else 1
@@ -305,30 +279,42 @@ def _repack(
     for first in range(0, len(modules), each):
         stacked = modules[first : first + each]
         rows, columns = sum(module[1] for module in stacked), stacked[0][2]
-        size = rows * columns * DTYPE_BYTES[tensor.dtype]
-        flat = torch.frombuffer(bytearray(read_tensor(source, tensor, position, size)), dtype=_kind(tensor.dtype))
-        position += size
-        turned = layout is not None and layout.transposed
-        weight = (flat.view(columns, rows).t() if turned else flat.view(rows, columns)).to(torch.bfloat16)
-        if not bool(weight.isfinite().all()):
-            raise NonFiniteWeight(None)
-        parts = torch.split(weight, [module[1] for module in stacked])
-        for (module, _, _), part in zip(stacked, parts, strict=True):
-            codes, scale = (result.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "weight_scale"))
-            if codes is None or scale is None or scale.dtype != "F32" or scale.nbytes != 4:
-                return f"{module}.weight", True
-            part = part.contiguous() * 2.0 ** powers.get(module, 0)
-            factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=torch.float32).view(())
-            largest = float(part.abs().amax())
-            reaches[module] = (largest, float(factor) * E4M3_MAX)
-            if largest and not largest * (1 - 2.0**-20) <= reaches[module][1]:
-                return f"{module}.weight_scale", True
-            made = to_quantized_weight(part, factor, QUANTIZATION_FP8).view(torch.uint8).numpy().tobytes()
-            if (there := read_tensor(result, codes)) != made:
-                wrong = wrong or f"{module}.weight"
-                if _far(made, there, FP8):
-                    return f"{module}.weight", True
+        data = bytearray(read_tensor(source, tensor, position, rows * columns * width))
+        position += len(data)
+        if layout is not None and layout.transposed:
+            flat, data = data, bytearray(len(data))
+            transpose(flat, data, columns, rows, width)
+        top = 0
+        for module, height, _ in stacked:
+            part = data[top * columns * width : (top + height) * columns * width]
+            top += height
+            stored = _stored(result, module, scheme, tensor.dtype)
+            made = scheme.requantize(part, tensor.dtype, height, columns, stored, powers.get(module, 0))
+            if made.reach is not None:
+                reaches[module] = made.reach
+            if made.unusable is not None:
+                return f"{module}.{made.unusable}", True
+            for suffix, expected in made.tensors.items():
+                if suffix not in stored or (there := stored[suffix][1]) == expected:
+                    continue
+                wrong = wrong or f"{module}.{suffix}"
+                if _far(expected, there, FP8 if suffix == "weight" else tensor.dtype):
+                    return f"{module}.{suffix}", True
     return wrong, False
+
+
+def _stored(result: Checkpoint, module: str, scheme: Scheme, dtype: str) -> dict[str, tuple[str, bytes]]:
+    """A module's tensors by suffix, as dtype and bytes; scales that should be of the source's dtype are cast to it."""
+    found = {}
+    for output in scheme.format.outputs(dtype, 1, 1):
+        tensor = result.tensors.get(f"{module}.{output.suffix}")
+        if tensor is None:
+            continue
+        raw, kind = read_tensor(result, tensor), tensor.dtype
+        if output.suffix != "weight" and kind != output.dtype and scheme.format.scale_dtype is None:
+            raw, kind = _as_dtype(raw, kind, output.dtype), output.dtype
+        found[output.suffix] = kind, raw
+    return found
 
 
 def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
@@ -355,56 +341,6 @@ def _far(made: bytes, found: bytes, kind: str) -> bool:
     apart = (a - b).abs()
     many = kind == "F8_E4M3" and a.numel() > SMALL and float((apart > 0).float().mean()) > MOST_OTHER
     return nan or many or bool(apart.max() > 1)
-
-
-def _requantize(
-    source: Checkpoint, tensor: Tensor, result: Checkpoint, role: str, selection: Selection
-) -> tuple[str | None, bool]:
-    """The first output tensor whose bytes are not those of `tensor` quantized again, and whether one is far off."""
-    wrong: str | None = None
-    quantize, width = FP8Dynamic().quantizer(tensor.dtype), DTYPE_BYTES[tensor.dtype]
-    modules = list(expected_modules(tensor.name, tensor, role, selection))
-    layout = selection.expert_layouts.get(tensor.name.rpartition(".")[0])
-    each = len(modules) // layout.experts if layout else 1
-    position = 0
-    for first in range(0, len(modules), each):
-        stacked = modules[first : first + each]
-        rows, columns = sum(module[1] for module in stacked), stacked[0][2]
-        turned = layout is not None and layout.transposed
-        step = rows if turned else max(1, CHUNK // (columns * width))
-        codes, scales = bytearray(rows * columns), bytearray(rows * width)
-        for top in range(0, rows, step):
-            count = min(step, rows - top)
-            data = bytearray(read_tensor(source, tensor, position, count * columns * width))
-            position += len(data)
-            if turned:
-                flat, data = data, bytearray(len(data))
-                transpose(flat, data, columns, rows, width)
-            quantize(
-                data,
-                memoryview(codes)[top * columns : (top + count) * columns],
-                memoryview(scales)[top * width : (top + count) * width],
-                count,
-                columns,
-            )
-        top = 0
-        for module, height, _ in stacked:
-            for suffix, made in (
-                ("weight", codes[top * columns : (top + height) * columns]),
-                ("weight_scale", scales[top * width : (top + height) * width]),
-            ):
-                found = result.tensors.get(f"{module}.{suffix}")
-                if found is None:
-                    continue
-                there = read_tensor(result, found)
-                if suffix == "weight_scale" and found.dtype != tensor.dtype:
-                    there = _as_dtype(there, found.dtype, tensor.dtype)
-                if there != made:
-                    wrong = wrong or found.name
-                    if _far(bytes(made), there, FP8 if suffix == "weight" else tensor.dtype):
-                        return found.name, True
-            top += height
-    return wrong, False
 
 
 def _as_dtype(raw: bytes, kind: str, wanted: str) -> bytes:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint
-from pipeline.formats.methods import FP8, quantization_section
+from pipeline.formats.base import FP8
+from pipeline.formats.methods import quantization_section
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import Selection, expert_modules, is_linear_shaped
 from pipeline.verify.report import Report

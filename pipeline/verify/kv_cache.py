@@ -10,15 +10,16 @@ from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.result import CALIBRATION
 from pipeline.checkpoint.source import Checkpoint, Tensor, read_json
 from pipeline.checkpoint.values import FORMATS, scalar, unusable_scales
+from pipeline.formats.base import Format
 from pipeline.formats.kv_scales import E4M3_MAX
 from pipeline.formats.methods import (
+    CACHE_NAMES,
     CACHE_SCALE,
-    MODELOPT,
     OTHER_NAMES,
     SECTION,
-    Method,
     has_cache_scales,
     promised_cache,
+    without_scale,
 )
 from pipeline.model.selection import Selection, attention_prefix
 from pipeline.verify.report import Report
@@ -31,7 +32,7 @@ def check_cache(
     result: Checkpoint,
     selection: Selection,
     section: dict[str, Any],
-    method: Method | None,
+    method: Format | None,
     report: Report,
 ) -> str | None:
     """Every attention layer has the scales that the config promises, and each is one that vLLM can use."""
@@ -41,7 +42,7 @@ def check_cache(
         if choice.layer is not None
         and (prefix := attention_prefix([name], f"{choice.component}.{choice.layer}" if choice.component else ""))
     }
-    names = method.cache if method is not None else MODELOPT.cache  # vLLM remaps names alike for most methods
+    names = dict(method.cache if method is not None and method.cache else CACHE_NAMES)
     if not report.produced_here:
         names = {key: (*each, *OTHER_NAMES.get(key, ())) for key, each in names.items()}
     known = {f"{attention}.{name}" for attention in attentions for each in names.values() for name in each}
@@ -125,12 +126,6 @@ def _check_all_present(
     attentions: set[str], found: dict[tuple[str, str], Tensor], section: dict[str, Any], report: Report
 ) -> None:
     """Every attention has k_scale and v_scale. Without them vLLM 0.32 does what its quantization methods' code says."""
-    own = str(section.get("quant_method")).startswith("modelopt")
-    consequence = {
-        ("k", "v"): "run it at KV scale 1.0",
-        ("k",): "not start" if own else "run its keys at scale 1.0",
-        ("v",): "use k_scale for its values" if own else "run its values at scale 1.0",
-    }
     lost: dict[tuple[str, ...], list[str]] = {}
     for attention in sorted(attentions):
         if gone := tuple(key for key in "kv" if (attention, key) not in found):
@@ -140,7 +135,7 @@ def _check_all_present(
             "kv-scale-missing",
             where[0],
             f"{where[0]}: no {' and '.join(f'{key}_scale' for key in gone)}, in {len(where)} of {len(attentions)} "
-            f"layers, although the config promises an FP8 KV cache: vLLM would {consequence[gone]}",
+            f"layers, although the config promises an FP8 KV cache: vLLM would {without_scale(section, gone)}",
         )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint, read_json
-from pipeline.formats.methods import MODELOPT, OLD_FILE, SECTION, Method, group_fits
+from pipeline.formats.base import Format
+from pipeline.formats.methods import OLD_FILE, SECTION, group_fits
 from pipeline.model.ignore import IgnoreList
 from pipeline.verify.report import Report
 
 PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
 
 
-def check_section(section: dict[str, Any], method: Method, report: Report) -> IgnoreList:
+def check_section(section: dict[str, Any], method: Format, report: Report) -> IgnoreList:
     """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
     groups = section.get("config_groups")
     found = list(groups.values()) if isinstance(groups, dict) else []
@@ -20,11 +21,11 @@ def check_section(section: dict[str, Any], method: Method, report: Report) -> Ig
     if odd:
         text = f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized"
         report.add("group-format-unknown", f"{SECTION}.config_groups", text)
-    unsaid = method is MODELOPT and not groups and not report.produced_here  # vLLM does not look at them there
+    unsaid = method.groups_optional and not groups and not report.produced_here  # vLLM does not look at them there
     if not unsaid and (not found or not all(group_fits(group, method) for group in found)):
         how = (
             "FP8 with a static scale a tensor, and so their inputs"
-            if method.static_inputs
+            if method.granularity == "tensor"
             else "FP8 with a scale a row and activations FP8 per token"
         )
         report.add(
@@ -41,11 +42,11 @@ def check_section(section: dict[str, Any], method: Method, report: Report) -> Ig
                 f"{SECTION}.{key}: vLLM would apply it to weights that are FP8 and nothing else",
                 "whoever made this checkpoint must say why it is there",
             )
-    if method.name == "compressed-tensors" and section.get("format") not in PLAIN_FORMATS[1:]:
+    if method.section_format and section.get("format") not in method.section_format:
         text = f"{SECTION}.format is {section.get('format')!r}, not float-quantized"
         report.add("section-format-wrong", f"{SECTION}.format", text)
-    if method is MODELOPT and section.get("quant_algo") != "FP8":
-        text = f"{SECTION}.quant_algo is {section.get('quant_algo')!r}, not FP8"
+    if method.quant_algo is not None and section.get("quant_algo") != method.quant_algo:
+        text = f"{SECTION}.quant_algo is {section.get('quant_algo')!r}, not {method.quant_algo}"
         report.add("quant-algo-wrong", f"{SECTION}.quant_algo", text)
     entries = section.get("ignore") or []
     try:

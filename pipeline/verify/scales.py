@@ -8,13 +8,14 @@ from typing import Any
 from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.source import Checkpoint, Tensor
 from pipeline.checkpoint.values import FORMATS, scalar, unusable_scales
-from pipeline.formats.methods import ANY_SCALE, FP8, Method, is_weight_scale
+from pipeline.formats.base import FP8, Format
+from pipeline.formats.methods import ANY_SCALE, is_weight_scale
 from pipeline.model.fused import fused_groups
 from pipeline.verify.kv_cache import LEAST, MOST
 from pipeline.verify.report import Report
 
 
-def check_scales(result: Checkpoint, method: Method, report: Report) -> str:
+def check_scales(result: Checkpoint, method: Format, report: Report) -> str:
     """Every FP8 weight has the scales that its method asks for, each finite, positive and of the right shape."""
     counted = 0
     kinds = ("weight_scale", "input_scale") if method.static_inputs else ("weight_scale",)

@@ -10,18 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.backends.registry import of_identity
 from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
-from pipeline.formats.methods import (
-    COMPRESSED,
-    MODELOPT,
-    OLD_FILE,
-    PACKED,
-    SECTION,
-    Method,
-    describe,
-    method_of,
-    quantization_section,
-)
+from pipeline.formats.base import Format
+from pipeline.formats.methods import OLD_FILE, PACKED, SECTION, describe, method_of, quantization_section
 from pipeline.journal import read_identity
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import (
@@ -82,7 +74,7 @@ def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, re
     if section is not None and selection is not None:
         run("KV-cache scales", check_cache, result, selection, section, method, report)
     run("tokenizer", check_tokenizer, result, selection, source, report)
-    if method is MODELOPT and section is not None:
+    if method is not None and method.quant_algo is not None and section is not None:
         run(OLD_FILE, check_hf_quant_config, result, section, report)
     if source is not None:
         run("tensors", check_accounts, result, source, ignore, section, method, report)
@@ -123,15 +115,15 @@ def _run(report: Report, what: str, check: Callable[..., str | None], *args: Any
         report.checked.append(said)
 
 
-def _method(result: Checkpoint, section: dict[str, Any] | None, report: Report) -> Method | None:
+def _method(result: Checkpoint, section: dict[str, Any] | None, report: Report) -> Format | None:
     """The layout that the config describes; where it is none that is known here, the report says so."""
     if section is None:
         _check_unquantized(result, report)
         return None
     if report.produced_here:
-        names = {"compressed-tensors": COMPRESSED, "modelopt": MODELOPT}
-        if found := names.get(str(section.get("quant_method"))):
-            return found
+        scheme = of_identity(read_identity(result.root) or {})
+        if scheme is not None and scheme.format.name == section.get("quant_method"):
+            return scheme.format
     said = section.get("quant_method")
     report.add("quant-method-unknown", SECTION, f"quant_method {said!r} is none that this program writes")
     method = method_of(section)
@@ -163,7 +155,7 @@ def _check_unquantized(result: Checkpoint, report: Report) -> None:
         report.add("not-quantized", "config.json", text)
 
 
-def _selection(result: Checkpoint, method: Method | None, report: Report) -> Selection | None:
+def _selection(result: Checkpoint, method: Format | None, report: Report) -> Selection | None:
     """What each tensor is for; None where its layers cannot be found."""
     try:
         return select(result)

@@ -1,0 +1,118 @@
+"""How a quantized linear layer lies in a file: the one description that writing and verifying share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FP8 = "F8_E4M3"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that a module becomes: what follows the module's name, dtype, and shape."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScaleNames:
+    """Tensor names, from the attention's prefix on (``model.layers.0.self_attn``), and a scale's shape.
+
+    Attributes:
+        names: for k, v, q and prob.
+        shape: of each tensor.
+        dtype: of each tensor; vLLM holds KV scales in BF16.
+        seen: the vLLM versions that were seen to load these names, and how.
+    """
+
+    names: Mapping[str, str]
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
+    seen: tuple[str, ...] = ()
+
+    def outputs(self) -> tuple[Output, ...]:
+        """The tensors, suffixes counted from the attention's prefix."""
+        return tuple(Output(name, self.dtype, self.shape) for name in self.names.values())
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of FP8 weights, and the section of config.json that describes it.
+
+    A new one is registered with `pipeline.formats.methods.register`.
+
+    Attributes:
+        name: the section's ``quant_method``, vLLM's word for it.
+        weights: what a group of ``config_groups`` says of weights, as far as vLLM reads it.
+        inputs: likewise of activations.
+        static_inputs: whether every weight has an ``input_scale``.
+        granularity: of the weight scale: ``channel`` (one per output row) or ``tensor``.
+        kv: the names under which KV scales are written; None where nothing here writes any.
+        cache: for k, v, q and prob every name that vLLM takes, from the attention's prefix on.
+        scale_dtype: of scales; None: the source weight's own.
+        column: whether per-channel scales are columns, [rows, 1], as compressed-tensors has them, or [rows].
+        repeatable: whether the weights can be quantized once more here, to be compared bit by bit.
+        repeatable_elsewhere: source dtypes for which that holds of third-party checkpoints, too; None: of all.
+        section_format: what the section's own ``format`` must be; empty: not looked at.
+        quant_algo: what the section's ``quant_algo`` must be; None: not looked at.
+        groups_optional: whether vLLM does without ``config_groups``.
+        recognizes: whether a section describes this layout.
+    """
+
+    name: str
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    static_inputs: bool
+    granularity: Literal["channel", "tensor"]
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kv: ScaleNames | None = None
+    scale_dtype: str | None = None
+    column: bool = True
+    repeatable: bool = True
+    repeatable_elsewhere: frozenset[str] | None = None
+    section_format: tuple[str, ...] = ()
+    quant_algo: str | None = None
+    groups_optional: bool = False
+
+    def scale_shape(self, rows: int) -> tuple[int, ...]:
+        """Of the scale of a weight with so many rows."""
+        if self.granularity == "tensor":
+            return ()
+        return (rows, 1) if self.column else (rows,)
+
+    def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, ...]:
+        """The tensors that a ``rows x columns`` weight of `dtype` becomes: FP8 values, their scale, an input scale."""
+        kind = self.scale_dtype or dtype
+        made = (Output("weight", FP8, (rows, columns)), Output("weight_scale", kind, self.scale_shape(rows)))
+        return (*made, Output("input_scale", kind, ())) if self.static_inputs else made
+
+    def can_repeat(self, dtype: str, produced_here: bool) -> bool:
+        """Whether a weight of this source dtype gives the same bits when it is quantized once more on this machine."""
+        elsewhere = self.repeatable_elsewhere is None or dtype in self.repeatable_elsewhere
+        return self.repeatable and (produced_here or elsewhere)
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """A weight, quantized once more with the scales that are stored; see `Requantize`.
+
+    Attributes:
+        tensors: by suffix, the bytes that the file should hold.
+        unusable: the suffix of a stored tensor that is missing or cannot be right; None where all can be.
+        reach: the weight's amax, and the largest magnitude that the stored scale can hold; None where scales are made
+            from the weight itself.
+    """
+
+    tensors: Mapping[str, bytes]
+    unusable: str | None = None
+    reach: tuple[float, float] | None = None
+
+
+# (the weight's bytes, rows by rows; dtype; rows; columns; stored tensors as (dtype, bytes) by suffix; the power of two
+# that the rows were scaled by) -> what the file should hold
+Requantize = Callable[[bytearray, str, int, int, Mapping[str, tuple[str, bytes]], int], Requantized]

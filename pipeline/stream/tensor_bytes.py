@@ -1,0 +1,53 @@
+"""Tensors as bytes: their dtypes, their hashes, and the check for NaN and Inf that every weight passes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from pipeline.backends.fp8 import Buffer, NonFiniteWeight, check_finite
+from pipeline.checkpoint.source import SourceError
+from pipeline.journal import Digest
+
+
+def torch_dtypes() -> dict[str, Any]:
+    """The torch dtypes of the names that safetensors gives them, FP8 excepted."""
+    import torch
+
+    return {
+        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip
+
+
+def bytes_of(value: Any) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    import torch
+
+    return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def digest_of(tensor: str, offset: int, data: memoryview) -> Digest:
+    """The journal's record of bytes that belong at `offset` of an output shard, in output tensor `tensor`."""
+    return Digest(tensor, offset, len(data), hashlib.sha256(data).hexdigest())
+
+
+def is_weight(name: str) -> bool:
+    """Whether a source tensor has to be finite: a mask in a buffer may well hold -Inf."""
+    return name.endswith((".weight", ".bias", "_proj"))
+
+
+def refuse_not_finite(name: str, dtype: str, data: Buffer) -> None:
+    """Raise SourceError where the bytes of source tensor `name` hold NaN or Inf."""
+    try:
+        check_finite(data, dtype)
+    except NonFiniteWeight:
+        raise not_finite(name) from None
+
+
+def not_finite(name: str, row: int | None = None) -> SourceError:
+    """The error for a source tensor that holds NaN or Inf, in row `row` where that is known."""
+    where = "" if row is None else f" in row {row}"
+    return SourceError(
+        f"{name}: NaN or Inf{where}", remedy="the checkpoint is damaged or the training diverged, use a sound one"
+    )
