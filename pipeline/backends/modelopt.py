@@ -41,6 +41,8 @@ class ModelOptFP8:
 
     name = "modelopt"
     scheme = "fp8"
+    import_seconds = 5.0
+    forward_cost = 1.0
 
     def __init__(self, kv_cache: bool, exact: bool = False, balance: bool = True) -> None:
         self.kv_cache = kv_cache

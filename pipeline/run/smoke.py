@@ -1,7 +1,7 @@
 """A smoke test of a recipe: its first decoder layers and a few captions, end to end, in a temporary place.
 
 The source's first layers and everything outside them are copied into a checkpoint of their own, which goes through the
-very same run, and through vLLM. What that took, by stage, makes the forecast of the whole run. The recipe's output is
+very same run, and through vLLM. What that took, by stage, makes the estimate of the whole run. The recipe's output is
 never touched.
 """
 
@@ -29,7 +29,7 @@ from pipeline.model.truncate import layer_of, layers_to_keep, truncate, truncate
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.report.outcome import Estimate, Smoke
 from pipeline.run import runner
-from pipeline.run.estimate import estimate_run
+from pipeline.run.estimate import estimate_from_smoke
 from pipeline.run.gates import Candidate, pass_gates, structure
 from pipeline.units import size_text
 from pipeline.verify.report import Report
@@ -74,9 +74,9 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
         kept = [tensor for tensor in plan.checkpoint.tensors.values() if layer_of(tensor, plan.selection) < layers]
         _refuse_too_little_room(parent, kept, plan)
         with _lent(recipe, parent, keep) as place:
-            report, forecast = _in(place, recipe, plan, kept, worker, console)
+            report, estimate = _in(place, recipe, plan, kept, worker, console)
     counts = (layers, plan.selection.layers)
-    return Smoke(counts, report, forecast, tuple(refusals), place if keep else None, time.monotonic() - begin)
+    return Smoke(counts, report, estimate, tuple(refusals), place if keep else None, time.monotonic() - begin)
 
 
 def _in(
@@ -111,14 +111,14 @@ def _in(
         loaded = small.model_copy(update={"verify": "load"})
         truncated = hub.resolve(str(cut), None)
         report = pass_gates(Candidate(outcome.output, truncated, loaded, worker, console.say, truncated=True))
-    return report, estimate_run(plan, outcome, reading, imports) if report.passed else None
+    return report, estimate_from_smoke(plan, outcome, reading, imports) if report.passed else None
 
 
 # --- the place ---------------------------------------------------------------------------------------
 
 
 def _parent(recipe: Recipe, plan: Plan) -> Path:
-    """Where scratch files go if the recipe says so, else beside the output: that drive is what the forecast is about.
+    """Where scratch files go if the recipe says so, else beside the output: that drive is what the estimate is about.
 
     Raises:
         UsageError: it lies in the source.
