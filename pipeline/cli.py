@@ -61,7 +61,7 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @OVERRIDES
 @click.option("--fresh", is_flag=True, help="Start over: throw away a stopped run, replace an earlier result.")
 @click.option(
-    "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then a forecast of the run."
+    "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then an estimate of the run."
 )
 @click.option("--keep", is_flag=True, help="With --smoke: leave the truncated source and result to look at.")
 def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bool, keep: bool) -> None:
@@ -100,23 +100,26 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline.recipe import recipe as recipes
     from pipeline.report.plan import as_json as plan_as_json
     from pipeline.run import runner
+    from pipeline.run.estimate import estimate_by_rule
     from pipeline.verify.verify import find_environment, how_verified
 
-    def make() -> tuple[plans.Plan, Any]:
+    def make() -> tuple[plans.Plan, Any, Any]:
         wanted = recipes.load(recipe, overrides)
         made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
         runner.preflight(made)
-        return made, find_environment(wanted)
+        server = find_environment(wanted)
+        return made, server, estimate_by_rule(made, "structure" if server is None else wanted.verify)
 
-    made, server = _guarded(make)
+    made, server, estimate = _guarded(make)
     if as_json:
-        click.echo(json.dumps(plan_as_json(made)))
+        click.echo(json.dumps(plan_as_json(made, estimate)))
         return
     from pipeline.report.console import Console
 
     console = Console()
     console.show_plan_table(made)
     console.say(how_verified(made.recipe, server))
+    console.show_estimate(estimate)
 
 
 @main.command()

@@ -16,7 +16,7 @@ step "a small vision-language model in BF16"
 step "quantize plan recipes/demo.yaml"
 quantize plan recipes/demo.yaml
 
-step "quantize recipes/demo.yaml --smoke                       (the first layers, and a forecast)"
+step "quantize recipes/demo.yaml --smoke                       (the first layers, and an estimate)"
 quantize recipes/demo.yaml --smoke
 
 step "quantize recipes/demo.yaml --fresh                       (ModelOpt FP8 with FP8 KV scales; ends in vLLM's engine)"

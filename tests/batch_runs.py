@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.backends.registry import choose_backend
 from pipeline.batch.planning import JobPlan
 from pipeline.events import read_events
 from pipeline.recipe import recipe as recipes
+from pipeline.run.estimate import Work
 from tests.conftest import CALIBRATED, QUANTIZE, RECIPE, ROOT, SCHEMES, make_plain_checkpoint, read_shard, write_shard
 
 BEST = {"plain2", "plain3", "plain4", "plain5", "vl", "moe", "tied", "killed"}
@@ -84,13 +86,19 @@ def a_plan(output: Path | str = "/o", backend: str = "modelopt", work: Path | No
     runtime = f"runtime: {{work_directory: {work}}}\n" if work is not None else ""
     text = CALIBRATED.format(source="s", output=output, backend=backend, scheme=SCHEMES[backend], captions="embedded",
                              samples=9)  # fmt: skip
-    plan = JobPlan(
-        recipe=recipes.parse(text + runtime), revision=None, to_fetch=0, verify="structure", source_bytes=10**9,
-        output_bytes=6 * 10**8, peak_memory=10**9, disk=7 * 10**8, scratch=0, stream_bytes=2 * 10**8,
-        layer_bytes=8 * 10**8, layers=10, tokens=10_000, batches=10, device="cpu", gpu=False, threads=2, done=0.0,
-        already=False,
+    recipe = recipes.parse(text + runtime)
+    scheme = choose_backend(recipe)
+    work = Work(
+        backend=scheme.name, import_seconds=scheme.import_seconds, forward_cost=scheme.forward_cost, device="cpu",
+        verify="structure", source_bytes=10**9, stream_bytes=2 * 10**8, layer_bytes=8 * 10**8, layers=10,
+        tokens=10_000, batches=10,
     )  # fmt: skip
-    return replace(plan, **changes)
+    plan = JobPlan(
+        recipe=recipe, revision=None, to_fetch=0, work=work, output_bytes=6 * 10**8, peak_memory=10**9,
+        disk=7 * 10**8, scratch=0, gpu=False, threads=2, already=False,
+    )  # fmt: skip
+    of_work = {key: changes.pop(key) for key in list(changes) if hasattr(work, key)}
+    return replace(plan.with_work(**of_work), **changes)
 
 
 def twelve(root: Path, captions: Path, small_model: Callable[[str], Path]) -> BatchRun:

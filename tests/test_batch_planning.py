@@ -8,30 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.batch.estimate import Estimator, rule
 from pipeline.batch.manifest import Job
 from pipeline.batch.planning import JobPlan, Refusal, plan_all
 from pipeline.recipe import recipe
+from pipeline.run.estimate import Estimator, rule
 from tests.batch_runs import a_plan
 from tests.conftest import CALIBRATED, RECIPE, make_plain_checkpoint
 
 
 def test_estimates_learn() -> None:
     """After one job, another of its kind, of any size, is estimated by what the machine has shown."""
-    known, plan = Estimator(), a_plan()
-    first = known.seconds(plan)
-    assert first == pytest.approx(sum(rule(plan).values())) and not known.informed
-    slow = {part: 3 * seconds for part, seconds in rule(plan).items()}
-    known.learn(plan, slow)
-    assert known.informed and known.seconds(plan) == pytest.approx(3 * first)
-    large = replace(plan, stream_bytes=10**10, layer_bytes=4 * 10**10, tokens=50_000)
+    known, work = Estimator(), a_plan().work
+    first = known.seconds(work)
+    assert first == pytest.approx(sum(rule(work).values())) and not known.informed
+    slow = {part: 3 * seconds for part, seconds in rule(work).items()}
+    known.learn(work, slow)
+    assert known.informed and known.seconds(work) == pytest.approx(3 * first)
+    large = replace(work, stream_bytes=10**10, layer_bytes=4 * 10**10, tokens=50_000)
     assert known.seconds(large) == pytest.approx(3 * sum(rule(large).values()))
-    other = a_plan(backend="llmcompressor")  # of another backend: at least that
+    other = a_plan(backend="llmcompressor").work  # of another backend: at least that
     assert known.seconds(other) == pytest.approx(3 * sum(rule(other).values()))
-    free = a_plan(backend="llmcompressor", layers=0, tokens=0, layer_bytes=0, batches=0)
+    free = a_plan(backend="llmcompressor", layers=0, tokens=0, layer_bytes=0, batches=0).work
     assert known.seconds(free) < first, "data-free jobs import nothing, whatever calibrated ones took"
-    assert known.seconds(replace(plan, done=0.5)) < 3 * first
-    assert known.seconds(replace(plan, already=True)) == 0
+    assert known.seconds(replace(work, done=0.5)) < 3 * first
     assert known.errors() is None
     known.judge(110, 100)
     known.judge(80, 100)
@@ -62,9 +61,10 @@ def test_plans(tmp_path: Path, captions: Path, small_model: Callable[[str], Path
     assert isinstance(same, Refusal) and "output of good in this batch" in same.reason
     good, calibrated = found["good"], found["calibrated"]
     assert isinstance(good, JobPlan) and isinstance(calibrated, JobPlan)
-    assert good.layers == 0 and good.tokens == 0 and not good.gpu and 0 < good.stream_bytes < good.source_bytes
-    assert calibrated.layers == 3 and calibrated.tokens > 0 and calibrated.gpu
-    assert 0 < calibrated.read_bytes < calibrated.source_bytes, "headers are no work"
+    assert good.work.layers == 0 and good.work.tokens == 0 and not good.gpu
+    assert 0 < good.work.stream_bytes < good.work.source_bytes
+    assert calibrated.work.layers == 3 and calibrated.work.tokens > 0 and calibrated.gpu
+    assert 0 < calibrated.work.read_bytes < calibrated.work.source_bytes, "headers are no work"
     assert (
         good.output.is_absolute()
         and good.source == str(plain)

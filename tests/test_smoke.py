@@ -19,7 +19,7 @@ from pipeline.plan.plan import make_plan
 from pipeline.recipe import recipe
 from pipeline.report.console import Console
 from pipeline.run import smoke
-from pipeline.run.estimate import estimate_run, forward_seconds
+from pipeline.run.estimate import estimate_from_smoke, forward_seconds
 from pipeline.run.smoke import SAMPLES
 from tests.conftest import (
     CALIBRATED,
@@ -56,14 +56,14 @@ def test_the_first_layers_and_everything_outside(
     assert lost and all(".layers.2." in name for name in lost)
     result = open_checkpoint(done.kept / "out")
     assert any(tensor.dtype == "F8_E4M3" for tensor in result.tensors.values())
-    forecast = done.forecast
-    assert forecast is not None and forecast.seconds == pytest.approx(sum(forecast.parts.values()))
-    assert set(forecast.parts) == {"weights that need no data", "layers", "imports"}
+    estimate = done.estimate
+    assert estimate is not None and estimate.seconds == pytest.approx(sum(estimate.parts.values()))
+    assert list(estimate.parts) == ["imports", "stream", "weights", "forwards"]
     plan = make_plan(wanted(source, tmp_path / "out", captions), open_checkpoint(source))
-    assert forecast.disk[0] == plan.output_nbytes and forecast.memory[1] == plan.peak_memory
+    assert estimate.disk[0] == plan.output_nbytes and estimate.memory[1] == plan.peak_memory
     Console().show_smoke(done)
     told = capsys.readouterr().out
-    assert f"smoke test passed: {KEPT[name]} of 3 layers" in told and "forecast of the whole run" in told
+    assert f"smoke test passed: {KEPT[name]} of 3 layers" in told and "estimate of the whole run" in told
 
 
 def test_kinds_of_layers(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_what_fails_verification_is_told_and_kept_where_asked(
     write = finalize.config_with
     monkeypatch.setattr(finalize, "config_with", lambda text, section: write(text, {**section, "ignore": []}))
     done = smoke.smoke(recipe.load(file), Console(), keep)
-    assert not done.report.passed and done.forecast is None
+    assert not done.report.passed and done.estimate is None
     Console().show_smoke(done)
     told = capsys.readouterr().out
     assert "PROBLEM: lm_head: BF16, but the config does not ignore it" in told
@@ -283,7 +283,7 @@ def test_a_failure_leaves_nothing(
     assert sorted(path.name for path in place.iterdir()) == ["out.partial", "source"]
 
 
-def test_the_forecast_scales_bytes_tokens_and_layers(
+def test_the_estimate_scales_bytes_tokens_and_layers(
     small_model: Callable[[str], Path], captions: Path, tmp_path: Path
 ) -> None:
     """From numbers that are known: the whole source has 3 layers and 40 captions."""
@@ -304,15 +304,16 @@ def test_the_forecast_scales_bytes_tokens_and_layers(
     record.parent.mkdir(parents=True)
     record.write_text("\n".join(json.dumps(event) for event in events))
     outcome: Any = SimpleNamespace(output=tmp_path / "smoked", totals=SimpleNamespace(peak_rss_bytes=3))
-    made = estimate_run(plan, outcome, reading=1e12, imports=7.0)
-    assert made.parts["weights that need no data"] == pytest.approx(sum(p.nbytes for p in plan.pieces) / 2000)
+    made = estimate_from_smoke(plan, outcome, reading=1e12, imports=7.0)
+    assert made.parts["stream"] == pytest.approx(sum(p.nbytes for p in plan.pieces) / 2000)
     batches = plan.calibration.batches  # 15 ms a token, and 150 ms a batch
     forward = batches.tokens * 0.015 + len(batches.batches) * 0.15
     warming = 93 - 7  # of the first layer, once
-    assert made.parts["layers"] == pytest.approx(3 * (1 + 2 + forward) + warming)
+    assert made.parts["weights"] == pytest.approx(3 * (1 + 2) + warming)
+    assert made.parts["forwards"] == pytest.approx(3 * forward)
     assert made.parts["imports"] == 7.0 and made.memory[0] == 3 and made.device == 5
-    slow = estimate_run(plan, outcome, reading=layer / 1000, imports=7.0)  # a slow drive sets the pace
-    assert slow.parts["layers"] == pytest.approx(3 * 1000 + warming)
+    slow = estimate_from_smoke(plan, outcome, reading=layer / 1000, imports=7.0)  # a slow drive sets the pace
+    assert slow.parts["weights"] + slow.parts["forwards"] == pytest.approx(3 * 1000 + warming)
 
 
 def test_forwards_by_batch_and_token() -> None:

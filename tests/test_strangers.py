@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.verify.verify import verify
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.verify.structure import check_structure
+from pipeline.verify.verify import verify
 from pipeline.vllm_env.worker import VllmWorker
 from tests.damage import both, drop, edit_config, put, rewrite, section
 

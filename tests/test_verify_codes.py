@@ -105,7 +105,7 @@ def test_reports_on_one_checkpoint_are_put_together() -> None:
     report.add("vllm-warning", "", "vLLM warns: x")
     other.add("hash-differs", "a", "a: its bytes")
     other.checked.append("b")
-    report.include(other)
+    report.merge(other)
     assert report.findings == [
         Finding("vllm-warning", "", "vLLM warns: x"),
         Finding("hash-differs", "a", "a: its bytes"),

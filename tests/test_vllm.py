@@ -545,7 +545,7 @@ def test_smoke(
     done = run(recipe, f"backend={backend}", f"scheme={SCHEMES[backend]}", "--smoke", "--keep")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{server.name} generates from it" in done.stdout
-    assert "smoke test passed: 2 of 6 layers" in done.stdout and "forecast of the whole run" in done.stdout
+    assert "smoke test passed: 2 of 6 layers" in done.stdout and "estimate of the whole run" in done.stdout
     (place,) = tmp_path.glob(".out.smoke-*")
     assert f"kept: {place}" in done.stdout
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

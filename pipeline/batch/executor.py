@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.batch.estimate import measured
 from pipeline.batch.job import JobRequest, JobResult
 from pipeline.batch.planning import JobPlan
 from pipeline.batch.progress import EVENTS, Follower, Progress
@@ -26,6 +25,7 @@ from pipeline.machine.memory import available_memory, total_memory
 from pipeline.machine.processes import oom_kills, signal_name
 from pipeline.machine.system import System, processors
 from pipeline.plan.disk import written_already
+from pipeline.run.estimate import measured
 
 MEMORY_SHARE = 0.95  # of the free memory; the rest is for the system and for the batch itself
 OOM_SECONDS = 10.0  # at most, between the kernel's count and the end of the process that it killed
@@ -161,7 +161,7 @@ class Local:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         request = share_gpu(request, self.per_gpu) if gpu else request
         process = request.start(directory, environment)
-        follower = Follower(plan.output, plan.read_bytes, time.time())
+        follower = Follower(plan.output, plan.work.read_bytes, time.time())
         self._running[request.job] = _Running(process, plan, directory, gpu, follower)
 
     def ended(self) -> list[tuple[str, JobResult]]:

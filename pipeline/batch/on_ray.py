@@ -93,7 +93,7 @@ def task(request: JobRequest, plan: JobPlan, place: str, mark: str, per_gpu: int
         directory = Path(tempfile.gettempdir()) / f"fp8-batch-{os.getuid()}" / mark / request.job
     if plan.gpu and ray.get_gpu_ids():
         request = share_gpu(request, per_gpu)
-    follower, kills, log = Follower(plan.output, plan.read_bytes, time.time()), oom_kills(), directory / "log.txt"
+    follower, kills, log = Follower(plan.output, plan.work.read_bytes, time.time()), oom_kills(), directory / "log.txt"
     before = log.stat().st_size if log.exists() else 0
     process = request.start(directory)
     try:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
 from pipeline.plan.calibration import Prepare, prepare
 from pipeline.recipe.recipe import Recipe
+from pipeline.run.estimate import Work
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -38,42 +39,26 @@ class JobPlan:
         recipe: with every default filled in and every path absolute, so that it runs the same anywhere.
         revision: the commit of a hub id.
         to_fetch: source bytes that are not in the hub's cache yet.
-        verify: the level that can be reached; ``structure`` where vLLM is not installed.
-        source_bytes: size of the source's shards.
+        work: the quantities that its time depends on.
         output_bytes: size of the result's shards.
         peak_memory: the plan's upper bound for host memory.
         disk: what the output's drive must hold for the whole run.
         scratch: what the drive of ``runtime.work_directory`` must hold.
-        stream_bytes: source bytes outside calibrated layers.
-        layer_bytes: source bytes in calibrated layers.
-        layers: how many layers are calibrated.
-        tokens: calibration tokens.
-        batches: calibration batches.
-        device: what layers would run on, ``cpu`` or ``cuda``.
         gpu: whether the job wants a GPU where there is one.
         threads: how many threads it computes with.
-        done: the share of the result that a stopped run has finished, 0 to 1.
         already: an identical run has published the result.
     """
 
     recipe: Recipe
     revision: str | None
     to_fetch: int
-    verify: str
-    source_bytes: int
+    work: Work
     output_bytes: int
     peak_memory: int
     disk: int
     scratch: int
-    stream_bytes: int
-    layer_bytes: int
-    layers: int
-    tokens: int
-    batches: int
-    device: str
     gpu: bool
     threads: int
-    done: float
     already: bool
 
     @property
@@ -92,14 +77,13 @@ class JobPlan:
         return Path(self.recipe.output + ".partial")
 
     @property
-    def read_bytes(self) -> int:
-        """Source bytes that a whole run reads."""
-        return self.stream_bytes + self.layer_bytes
-
-    @property
     def batch_tokens(self) -> int:
         """Tokens of a calibration batch; 0 for a job that is not calibrated."""
-        return self.recipe.calibration.batch_tokens if self.layers and self.recipe.calibration else 0
+        return self.recipe.calibration.batch_tokens if self.work.calibrated and self.recipe.calibration else 0
+
+    def with_work(self, **changes: Any) -> JobPlan:
+        """The same plan with other quantities of work; see `Work`."""
+        return replace(self, work=replace(self.work, **changes))
 
 
 @dataclass(frozen=True)
@@ -233,28 +217,19 @@ def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
     if here and fits_now:
         _refuse_too_large(plan)
     server = find_environment(recipe)
-    calibration = plan.calibration
-    calibrates_on_gpu = calibration is not None and recipe.runtime.device != "cpu"
+    calibrates_on_gpu = plan.calibration is not None and recipe.runtime.device != "cpu"
     verifies_on_gpu = recipe.verify == "generate" and server is not None and server.build == "vllm"
     return JobPlan(
         recipe=recipe,
         revision=checkpoint.revision,
         to_fetch=sum(shard.size for shard in checkpoint.shards if shard.path is None),
-        verify="structure" if server is None else recipe.verify,
-        source_bytes=checkpoint.nbytes,
+        work=Work.of(plan, "structure" if server is None else recipe.verify),
         output_bytes=plan.output_nbytes,
         peak_memory=plan.peak_memory,
         disk=disk_need(plan),
         scratch=scratch_need(plan) if recipe.runtime.work_directory is not None else 0,
-        stream_bytes=sum(piece.nbytes for piece in plan.pieces),
-        layer_bytes=sum(layer.nbytes for layer in plan.layers),
-        layers=len(plan.layers),
-        tokens=calibration.batches.tokens if calibration else 0,
-        batches=len(calibration.batches.batches) if calibration else 0,
-        device=calibration.device.kind if calibration else "cpu",
         gpu=calibrates_on_gpu or verifies_on_gpu,
         threads=plan.threads,
-        done=_done(plan),
         already=already,
     )
 
@@ -310,21 +285,6 @@ def _anywhere(recipe: Recipe, device: str = "auto", hidden_states: str = "auto")
     """The same recipe for a machine without the GPU, or the memory, of those that it will run on."""
     update = {"device": device, "device_memory": None, "hidden_states": hidden_states}
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=update)})
-
-
-def _done(plan: Plan) -> float:
-    """The share of the result that a stopped run of this identity has finished."""
-    from pipeline.checkpoint.result import places
-    from pipeline.journal import read_identity, read_pieces
-
-    partial = places(plan.recipe.output)[1]
-    if not partial.is_dir() or read_identity(partial) != plan.identity:
-        return 0.0
-    try:
-        pieces = read_pieces(partial) or []
-    except ValueError:
-        return 0.0
-    return min(1.0, sum(piece.nbytes for piece in pieces) / max(1, plan.output_nbytes))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.batch.estimate import Estimator
 from pipeline.batch.executor import Executor, Local
 from pipeline.batch.fetch import Fetcher
 from pipeline.batch.hooks import Hooks
@@ -28,6 +27,7 @@ from pipeline.errors import from_os_error
 from pipeline.journal import read_identity
 from pipeline.machine.processes import signal_name
 from pipeline.recipe.recipe import recipe_yaml
+from pipeline.run.estimate import Estimator
 from pipeline.units import time_text
 
 TICK = 0.1  # seconds between two turns of the loop
@@ -104,7 +104,7 @@ class Queue:
     def planned(self, status: Status | None = None) -> list[tuple[JobRecord, JobPlan]]:
         """The jobs that could be planned, with their plans, the largest first; those of one status if it is given."""
         found = [(r, r.plan) for r in self.records if r.plan is not None and status in (None, r.status)]
-        return sorted(found, key=lambda entry: (-entry[1].source_bytes, entry[0].name))
+        return sorted(found, key=lambda entry: (-entry[1].work.source_bytes, entry[0].name))
 
     def counts(self) -> dict[Status, int]:
         """How many jobs have which status."""
@@ -139,8 +139,8 @@ class Queue:
             else:
                 self._refuse(record, plan.kind, plan.reason)
             return
-        if self.executor.gpu and plan.gpu and plan.layers:
-            plan = replace(plan, device="cuda")  # what it will run on, wherever it was planned
+        if self.executor.gpu and plan.gpu and plan.work.calibrated:
+            plan = plan.with_work(device="cuda")  # what it will run on, wherever it was planned
         if not plan.already and (why := self.executor.refuses(plan)) is not None:
             self._refuse(record, "too large", why)
             return
@@ -167,7 +167,7 @@ class Queue:
     def _learn(self, record: JobRecord, plan: JobPlan) -> None:
         """From a job's last attempt, if that was a whole run."""
         if record.result is not None and record.result.parts is not None:
-            self.estimator.learn(plan, record.result.parts)
+            self.estimator.learn(plan.work, record.result.parts)
 
     # --- the run ---
 
@@ -255,7 +255,7 @@ class Queue:
 
     def _in_time(self, plan: JobPlan) -> bool:
         until = self.rules.until
-        return until is None or time.time() + self.estimator.seconds(plan) <= until
+        return until is None or time.time() + self.estimator.seconds(plan.work) <= until
 
     def _is_fetched(self, record: JobRecord, plan: JobPlan) -> bool:
         """Whether the source is on this machine; a download that failed for good is the job's failure."""
@@ -282,7 +282,7 @@ class Queue:
             self._fail(record, "disk", reason)
 
     def _start_one(self, record: JobRecord, plan: JobPlan) -> None:
-        estimate = self.estimator.seconds(plan)
+        estimate = self.estimator.seconds(plan.work)
         request = JobRequest(
             record.name,
             recipe_yaml(plan.recipe),
@@ -310,7 +310,7 @@ class Queue:
         if self._stopping is not None and result.kind == "interrupted":
             result.kind = "stopped"  # as it was asked to; only those that something else interrupts are limited
         self.ledger.end(record, result)
-        record.plan = replace(record.plan, done=max(record.plan.done, result.share))
+        record.plan = record.plan.with_work(done=max(record.plan.work.done, result.share))
         self._settle(record, record.plan, result)
         self.watch.ended(record, record.attempts[-1])
         if record.status == "failed":
@@ -358,10 +358,10 @@ class Queue:
 
     def _try_with_less_memory(self, record: JobRecord, plan: JobPlan) -> None:
         """With smaller batches, which is another identity and starts over, or with one thread."""
-        if plan.layers:
+        if plan.work.calibrated:
             tokens = max(min(SMALLEST_BATCH, plan.batch_tokens), plan.batch_tokens // 4)
             record.changed = (f"calibration.batch_tokens={tokens}",)
-            record.plan = replace(plan, done=0.0)
+            record.plan = plan.with_work(done=0.0)
             note = f"memory ran out; started over with batches of {tokens} tokens instead of {plan.batch_tokens}"
         else:
             record.changed = ("runtime.threads=1",)
@@ -390,7 +390,7 @@ class Queue:
         for record, plan in self.planned("waiting"):
             reason = "not started"
             if self._stopping is None:
-                text = time_text(self.estimator.seconds(plan))
+                text = time_text(self.estimator.seconds(plan.work))
                 reason = f"it would take about {text}, and not end within the window"
             self.ledger.settle(record, "left", self._stopping or "window", reason)
             self.watch.ended(record)

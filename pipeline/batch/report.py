@@ -141,7 +141,7 @@ def _job(record: JobRecord, directory: Path) -> dict[str, Any]:
         "attempts": [_attempt(attempt) for attempt in attempts],
         "forecast_s": attempts[-1].estimate if attempts else None,
         "seconds": sum(attempt.seconds or 0.0 for attempt in attempts) if attempts else None,
-        "source_bytes": plan.source_bytes if plan else None,
+        "source_bytes": plan.work.source_bytes if plan else None,
         "output_bytes": plan.output_bytes if plan else None,
         "peak_memory_bytes": plan.peak_memory if plan else None,
         "peak_rss_bytes": max((a.result.peak_rss for a in attempts if a.result), default=0) or None,

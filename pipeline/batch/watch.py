@@ -73,13 +73,13 @@ class Watch:
             table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
         for record, plan in queue.planned():
             table.add_row(
-                escape(record.name), escape(plan.source), size_text(plan.source_bytes), size_text(plan.output_bytes),
-                size_text(plan.peak_memory), size_text(plan.disk), "yes" if plan.gpu else "no",
-                "" if plan.already else time_text(queue.estimator.seconds(plan)), escape(_remark(record, plan)),
+                escape(record.name), escape(plan.source), size_text(plan.work.source_bytes),
+                size_text(plan.output_bytes), size_text(plan.peak_memory), size_text(plan.disk), "yes" if plan.gpu else "no",
+                "" if plan.already else time_text(queue.estimator.seconds(plan.work)), escape(_remark(record, plan)),
             )  # fmt: skip
         self.say(table)
         todo, counts = [plan for _, plan in queue.planned("waiting")], queue.counts()
-        together = sum(queue.estimator.seconds(plan) for plan in todo)
+        together = sum(queue.estimator.seconds(plan.work) for plan in todo)
         known = "" if queue.estimator.informed else ", by a rough rule until the first job has ended"
         self.say(
             f"{len(todo)} to do, {counts['published']} published already, {counts['refused']} refused; "
@@ -176,8 +176,8 @@ def _remark(record: JobRecord, plan: JobPlan) -> str:
     if plan.already:
         return "published already"
     words = []
-    if plan.done:
-        words.append(f"{plan.done:.0%} done")
+    if plan.work.done:
+        words.append(f"{plan.work.done:.0%} done")
     if plan.to_fetch:
         words.append(f"{size_text(plan.to_fetch)} to download")
     return ", ".join([*words, *record.changed])

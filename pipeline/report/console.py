@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     import rich.console
 
     from pipeline.journal import Journal
-    from pipeline.report.outcome import Outcome, Smoke
+    from pipeline.report.outcome import Estimate, Outcome, Smoke
     from pipeline.stream.totals import Totals
     from pipeline.verify.report import Report
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines in a log
 MOST_FINDINGS = 12
 LOG_WIDTH = 140  # of tables where there is no terminal
+PARTS = {"stream": "streaming", "weights": "weights of layers", "verify": "verification"}  # others have their own name
 
 
 class Console:
@@ -105,6 +106,13 @@ class Console:
         for name, reason in plan.checkpoint.left_behind:
             self.say(f"left behind: {name} ({reason})")
 
+    def show_estimate(self, estimate: Estimate) -> None:
+        """How long the run will take, by the rough rule."""
+        self.say(
+            f"estimate: about {time_text(estimate.seconds)} by a rough rule ({_parts_text(estimate)}); "
+            "quantize RECIPE --smoke measures it"
+        )
+
     # --- during ---
 
     @contextmanager
@@ -175,15 +183,15 @@ class Console:
     def show_smoke(self, smoke: Smoke) -> None:
         """What a smoke test says: the checks, and what the whole run will take."""
         self.show_report(smoke.report)
-        if (forecast := smoke.forecast) is not None:
-            parts = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in forecast.parts.items())
+        if (estimate := smoke.estimate) is not None:
             self.say(
-                f"forecast of the whole run, verification aside: about {time_text(forecast.seconds)} ({parts}); "
-                f"memory {size_text(forecast.memory[0])} here, at most {size_text(forecast.memory[1])}; disk "
-                f"{size_text(forecast.disk[0])}"
-                + (f" and {size_text(forecast.disk[1])} of hidden states meanwhile" if forecast.disk[1] else "")
-                + (f"; {size_text(forecast.device)} of the GPU" if forecast.device else "")
-                + f"; the source's drive reads {size_text(forecast.reading)}/s"
+                f"estimate of the whole run, verification aside: about {time_text(estimate.seconds)} "
+                f"({_parts_text(estimate)}); "
+                f"memory {size_text(estimate.memory[0])} here, at most {size_text(estimate.memory[1])}; disk "
+                f"{size_text(estimate.disk[0])}"
+                + (f" and {size_text(estimate.disk[1])} of hidden states meanwhile" if estimate.disk[1] else "")
+                + (f"; {size_text(estimate.device)} of the GPU" if estimate.device else "")
+                + f"; the source's drive reads {size_text(estimate.reading)}/s"
             )
         for line in smoke.refusals:
             self.say(f"the whole run would be refused now: {line}")
@@ -249,3 +257,9 @@ class Console:
         how = "loaded" if report.level == "load" else "loaded and run"
         proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not proven in vLLM"
         self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
+
+
+def _parts_text(estimate: Estimate) -> str:
+    """The parts of an estimate in the order of the run, without those that round to nothing."""
+    told = {part: seconds for part, seconds in estimate.parts.items() if seconds >= 0.5} or estimate.parts
+    return ", ".join(f"{PARTS.get(part, part)} {time_text(seconds)}" for part, seconds in told.items())

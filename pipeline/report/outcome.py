@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import PipelineError
 from pipeline.stream.totals import Totals
@@ -32,12 +32,14 @@ class Outcome:
     findings: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Estimate:
-    """What the whole run will take, from what the smoke test measured.
+    """What a run will take; by the rough rule its time alone, after a smoke test memory and disk as well.
 
     Attributes:
-        seconds: of the whole run, and of its parts by name.
+        seconds: of all parts.
+        parts: seconds by part, see `run/estimate.py`.
+        basis: what it comes from: the rough rule, or what a smoke test measured.
         memory: peak of this process that was measured, and the plan's bound for the whole run, in bytes.
         disk: of the result, and of hidden states while it runs, in bytes.
         device: of the GPU's memory at most, in bytes; 0 without one.
@@ -46,6 +48,7 @@ class Estimate:
 
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
+    basis: Literal["rule", "smoke"] = "rule"
     memory: tuple[int, int] = (0, 0)
     disk: tuple[int, int] = (0, 0)
     device: int = 0
@@ -59,7 +62,7 @@ class Smoke:
     Attributes:
         layers: how many of how many.
         report: of the truncated result.
-        forecast: None where something failed.
+        estimate: of the whole run; None where something failed.
         refusals: what the whole run would end with before its start; empty where it would start.
         kept: where the truncated source and result were left; None where they were removed.
         seconds: of the smoke test.
@@ -67,7 +70,7 @@ class Smoke:
 
     layers: tuple[int, int]
     report: Report
-    forecast: Estimate | None
+    estimate: Estimate | None
     refusals: tuple[PipelineError, ...]
     kept: Path | None
     seconds: float

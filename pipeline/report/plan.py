@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.plan.calibration import CalibrationPlan
 from pipeline.plan.plan import Plan
+from pipeline.report.outcome import Estimate
 
 
 def summary(plan: Plan) -> list[dict[str, Any]]:
@@ -49,8 +50,8 @@ def _calibration_json(found: CalibrationPlan) -> dict[str, Any]:
     }
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan as plain data: every tensor, every place."""
+def as_json(plan: Plan, estimate: Estimate) -> dict[str, Any]:
+    """The whole plan as plain data: every tensor, every place, and how long the run will take."""
     source = plan.checkpoint
     return {
         "source": {
@@ -79,6 +80,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "left_behind": [{"file": name, "reason": reason} for name, reason in source.left_behind],
         "warnings": list(plan.warnings),
         "calibration": None if plan.calibration is None else _calibration_json(plan.calibration),
+        "estimate": {"seconds": estimate.seconds, "parts": estimate.parts, "basis": estimate.basis},
         "tensors": [
             {
                 "name": fate.tensor.name,

@@ -1,4 +1,4 @@
-"""A result that is there already: kept, proven further, or refused."""
+"""A result that is there already: kept, verified further, or refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pipeline.errors import PipelineError, UsageError, VerificationFailed, attem
 from pipeline.events import recorded_layers
 from pipeline.plan.plan import Plan
 from pipeline.report.outcome import Outcome
+from pipeline.run.gates import Candidate, pass_gates
 from pipeline.serving import profile
 from pipeline.serving.profile_check import hold_against
 from pipeline.stream.totals import Totals
-from pipeline.verify.report import Report
-from pipeline.verify.verify import LEVELS, find_environment, verify
+from pipeline.verify.report import LEVELS, Report
+from pipeline.verify.verify import find_environment
 from pipeline.vllm_env.environment import Server
 from pipeline.vllm_env.worker import VllmWorker
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def published(plan: Plan, output: Path, console: Console) -> Outcome:
-    """A result that is there already, with the serving profile and as far proven as this recipe asks.
+    """A result that is there already, with the serving profile, and verified as far as this recipe asks.
 
     Neither is part of a run's identity: nothing is converted again for them.
 
@@ -46,7 +47,7 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
         before = {}
     _refuse_failed(plan, output, before, server)
     _write_profile(plan, output, console, server)
-    report = _prove_further(plan, output, console, before, server)
+    report = _verify_further(plan, output, console, before, server)
     return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report)
 
 
@@ -67,16 +68,15 @@ def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: Ser
         )
 
 
-def _prove_further(
+def _verify_further(
     plan: Plan, output: Path, console: Console, before: dict[str, Any], server: Server | None
 ) -> Report | None:
     """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
     path, far = output / VERDICT, _asked(before) >= LEVELS.index(plan.recipe.verify)
     if before.get("passed") and (plan.recipe.verify == "structure" or server is None or (far and before.get("vllm"))):
         return None
-    with VllmWorker(server) if server is not None else nullcontext() as session:
-        report = verify(output, plan.checkpoint, plan.recipe.verify, session, say=console.say)
-    report.checkpoint = output.name
+    with VllmWorker(server) if server is not None else nullcontext() as worker:
+        report = pass_gates(Candidate(output, plan.checkpoint, plan.recipe, worker, console.say))
     attempt(f"writing {path}", lambda: write_file(path, json_bytes(report.as_json())))
     if not report.passed:
         raise VerificationFailed(

@@ -1,9 +1,10 @@
-"""A run from top to bottom: plan → stream → layers → seal → verify → publish."""
+"""A run from top to bottom: plan → preflight → stream → finalize → gates → publish."""
 
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from pipeline.plan.plan import Plan, make_plan
 from pipeline.report import calibration as calibration_report
 from pipeline.report.outcome import Outcome
 from pipeline.run.finalize import finalize, record_verdict
+from pipeline.run.gates import Candidate, pass_gates
 from pipeline.run.published import listed, published
 from pipeline.serving import profile
 from pipeline.serving.profile_check import profile_in_time
@@ -36,7 +38,7 @@ from pipeline.stream.layers import run_layers
 from pipeline.stream.totals import Totals
 from pipeline.units import size_text
 from pipeline.verify.report import Report
-from pipeline.verify.verify import find_environment, how_verified, verify
+from pipeline.verify.verify import find_environment, how_verified
 from pipeline.vllm_env.environment import Server
 from pipeline.vllm_env.worker import VllmWorker
 
@@ -75,14 +77,13 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             if _finished(plan, output, fresh):  # another process published while this one waited for the lock
                 discard(partial)
                 return published(plan, output, console)
-            totals, report = _convert(plan, journal, console, stop, server)
+            with _recorded(plan, journal, stop) as log:
+                totals = _stream(plan, journal, log, stop, server, console)
+                attempt(f"writing to {partial}", lambda: finalize(plan, journal, log))
+                report = _gates(plan, partial, log, server, console)
             findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
-            _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
-            exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
-            (output / LOCK).unlink(missing_ok=True)
-            if exchanged:
-                discard(partial)  # the result that --fresh replaces
+            _publish(plan, output, partial, fresh)
         finally:
             journal.close()
     return Outcome(output, False, recorded_layers(output / EVENTS), totals, report, findings)
@@ -115,46 +116,12 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
     return False
 
 
-def _convert(
-    plan: Plan, journal: Journal, console: Console, stop: Stop, server: Server | None
-) -> tuple[Totals, Report]:
-    partial = journal.partial
-    log = EventLog(partial / EVENTS)
+@contextmanager
+def _recorded(plan: Plan, journal: Journal, stop: Stop) -> Iterator[EventLog]:
+    """The run's record of events; an interruption within is recorded, and says how to go on."""
+    log = EventLog(journal.partial / EVENTS)
     try:
-        for name in take_back_lost_units(plan, journal):
-            console.say(f"{partial / name}: missing or short, although finished before; it is written again")
-        resumed = len(journal.done)
-        log.write("run", pid=os.getpid(), units=plan.units, done=resumed, identity=plan.identity)
-        if 0 < resumed < plan.units:
-            again = _written_again(plan, journal)
-            console.say(
-                f"going on after {resumed} of {plan.units} finished units; at most {size_text(again)} are written again"
-            )
-            log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
-        with (
-            profile_in_time(plan, server, refused=stop.request),
-            console.progress(plan, journal) as on_progress,
-            stop.deferred(),
-        ):
-            doing = f"streaming into {partial}"
-            totals = attempt(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
-            if plan.calibration is not None and not stop.requested.is_set():
-                totals += attempt(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress))
-        if stop.requested.is_set():  # also in the last unit: what follows may take long, and the next run does it
-            raise Interrupted("interrupted")
-        _scratch(plan, partial).clear()
-        totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
-        log.write("streamed", **totals.as_event())
-        attempt(f"writing to {partial}", lambda: finalize(plan, journal, log))
-        with VllmWorker(server) if server is not None else nullcontext() as session:
-            report = verify(partial, plan.checkpoint, plan.recipe.verify, session, say=console.say)
-        report.checkpoint = Path(plan.recipe.output).name  # as it will be called
-        attempt(f"writing to {partial}", lambda: record_verdict(partial, report, log))
-        if not report.passed:
-            raise VerificationFailed(
-                f"{partial}: the result fails verification and is not published; it stays here, with the report in "
-                f"{VERDICT}:\n{listed(report.problems)}"
-            )
+        yield log
     except Interrupted:
         if stop.error is not None:
             raise stop.error from None
@@ -164,7 +131,48 @@ def _convert(
         ) from None
     finally:
         log.close()
-    return totals, report
+
+
+# --- stream ------------------------------------------------------------------------------------------
+
+
+def _stream(plan: Plan, journal: Journal, log: EventLog, stop: Stop, server: Server | None, console: Console) -> Totals:
+    """Write every tensor that is not written yet: those that need no data, then layer by layer.
+
+    Raises:
+        Interrupted: by a signal, at the end of a unit, or because vLLM refuses the serving profile.
+    """
+    partial = journal.partial
+    _resume(plan, journal, log, console)
+    with (
+        profile_in_time(plan, server, refused=stop.request),
+        console.progress(plan, journal) as on_progress,
+        stop.deferred(),
+    ):
+        doing = f"streaming into {partial}"
+        totals = attempt(doing, lambda: run_stream(plan, journal, log, stop.requested, on_progress))
+        if plan.calibration is not None and not stop.requested.is_set():
+            totals += attempt(doing, lambda: run_layers(plan, journal, log, stop.requested, on_progress))
+    if stop.requested.is_set():  # also in the last unit: what follows may take long, and the next run does it
+        raise Interrupted("interrupted")
+    _scratch(plan, partial).clear()
+    totals.peak_rss_bytes = max(totals.peak_rss_bytes, peak_rss_bytes())
+    log.write("streamed", **totals.as_event())
+    return totals
+
+
+def _resume(plan: Plan, journal: Journal, log: EventLog, console: Console) -> None:
+    """Record where the run begins, and say what an earlier one has left to do."""
+    for name in take_back_lost_units(plan, journal):
+        console.say(f"{journal.partial / name}: missing or short, although finished before; it is written again")
+    resumed = len(journal.done)
+    log.write("run", pid=os.getpid(), units=plan.units, done=resumed, identity=plan.identity)
+    if 0 < resumed < plan.units:
+        again = _written_again(plan, journal)
+        console.say(
+            f"going on after {resumed} of {plan.units} finished units; at most {size_text(again)} are written again"
+        )
+        log.write("resume", units_done=resumed, bytes_rewritten_at_most=again)
 
 
 def _scratch(plan: Plan, partial: Path) -> Scratch:
@@ -179,7 +187,33 @@ def _written_again(plan: Plan, journal: Journal) -> int:
     return plan.layers[redone - plan.piece_units].result_nbytes(plan.outputs)
 
 
-# --- seal --------------------------------------------------------------------------------------------
+# --- gates and publishing ----------------------------------------------------------------------------
+
+
+def _gates(plan: Plan, partial: Path, log: EventLog, server: Server | None, console: Console) -> Report:
+    """Send the result through the gates; their report is written beside it, whether or not it passes.
+
+    Raises:
+        VerificationFailed: it does not; it stays where it is.
+    """
+    with VllmWorker(server) if server is not None else nullcontext() as worker:
+        report = pass_gates(Candidate(partial, plan.checkpoint, plan.recipe, worker, console.say))
+    attempt(f"writing to {partial}", lambda: record_verdict(partial, report, log))
+    if not report.passed:
+        raise VerificationFailed(
+            f"{partial}: the result fails verification and is not published; it stays here, with the report in "
+            f"{VERDICT}:\n{listed(report.problems)}"
+        )
+    return report
+
+
+def _publish(plan: Plan, output: Path, partial: Path, fresh: bool) -> None:
+    """Give the result its name, by one rename; `fresh`: in the place of an earlier result, which is discarded."""
+    _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
+    exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
+    (output / LOCK).unlink(missing_ok=True)
+    if exchanged:
+        discard(partial)  # the result that --fresh replaces
 
 
 # --- guards ------------------------------------------------------------------------------------------
@@ -217,6 +251,3 @@ def _refuse_overlap(plan: Plan, place: Path, key: str, below: bool = True) -> No
     source, target = plan.checkpoint.root.resolve(), place.resolve()
     if target == source or source in target.parents or (below and target in source.parents):
         raise UsageError(f"{key}: {place} and the source {source} lie in each other; the source is never written to")
-
-
-# --- signals -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A smoke test of a recipe: its first decoder layers and a few captions, end to end, in a temporary place.
 
 The source's first layers and everything outside them are copied into a checkpoint of their own, which goes through the
-very same run, and through vLLM. What that took, by stage, makes the forecast of the whole run. The recipe's output is
+very same run, and through vLLM. What that took, by stage, makes the estimate of the whole run. The recipe's output is
 never touched.
 """
 
@@ -29,11 +29,11 @@ from pipeline.model.truncate import layer_of, layers_to_keep, truncate, truncate
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.report.outcome import Estimate, Smoke
 from pipeline.run import runner
-from pipeline.run.estimate import estimate_run
+from pipeline.run.estimate import estimate_from_smoke
+from pipeline.run.gates import Candidate, pass_gates, structure
 from pipeline.units import size_text
 from pipeline.verify.report import Report
-from pipeline.verify.structure import check_structure
-from pipeline.verify.verify import find_environment, how_verified, verify
+from pipeline.verify.verify import find_environment, how_verified
 from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
     whole = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
     server = find_environment(recipe)
     # vLLM's imports take seconds, and so do the plan's and the copy
-    with VllmWorker(server).begin() if server is not None else nullcontext() as session:
+    with VllmWorker(server).begin() if server is not None else nullcontext() as worker:
         plan = make_plan(recipe, whole)
         refusals = []
         try:
@@ -74,13 +74,13 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
         kept = [tensor for tensor in plan.checkpoint.tensors.values() if layer_of(tensor, plan.selection) < layers]
         _refuse_too_little_room(parent, kept, plan)
         with _lent(recipe, parent, keep) as place:
-            report, forecast = _in(place, recipe, plan, kept, session, console)
+            report, estimate = _in(place, recipe, plan, kept, worker, console)
     counts = (layers, plan.selection.layers)
-    return Smoke(counts, report, forecast, tuple(refusals), place if keep else None, time.monotonic() - begin)
+    return Smoke(counts, report, estimate, tuple(refusals), place if keep else None, time.monotonic() - begin)
 
 
 def _in(
-    place: Path, recipe: Recipe, plan: Plan, kept: list[Tensor], session: VllmWorker | None, console: Console
+    place: Path, recipe: Recipe, plan: Plan, kept: list[Tensor], worker: VllmWorker | None, console: Console
 ) -> tuple[Report, Estimate | None]:
     layers = layers_to_keep(plan.checkpoint, plan.selection)
     shards = {plan.checkpoint.shards[tensor.shard].name for tensor in kept}
@@ -98,32 +98,31 @@ def _in(
         if plan.calibration is not None
         else 0.0
     )
-    if session is not None:
-        session.run([])  # until vLLM is imported: what is measured next would share the cores with that
+    if worker is not None:
+        worker.run([])  # until vLLM is imported: what is measured next would share the cores with that
     try:
         outcome = runner.run(small, console, announce=False)
     except VerificationFailed:  # it says where the result stays, which here is for `_lent` to decide
-        report = check_structure(places(small.output)[1], hub.resolve(small.model.source, None))
-        report.checkpoint = Path(recipe.output).name
-        return report, None
+        refused = Candidate(places(small.output)[1], hub.resolve(str(cut), None), small, None, console.say)
+        return pass_gates(refused, [structure]), None
     assert outcome.report is not None
     report = outcome.report
-    if session is None:
+    if worker is None:
         console.say(how_verified(recipe, None))
     else:
         later = "; verify: generate is for the whole run" if recipe.verify == "generate" else ""
-        console.say(f"verify: load, and a short answer of the engine, in {session.server.name}{later}")
-        truncated = hub.resolve(small.model.source, None)
-        report = verify(outcome.output, truncated, "load", session, say=console.say, engine=True)
-        report.checkpoint = Path(recipe.output).name
-    return report, estimate_run(plan, outcome, reading, imports) if report.passed else None
+        console.say(f"verify: load, and a short answer of the engine, in {worker.server.name}{later}")
+        loaded = small.model_copy(update={"verify": "load"})
+        truncated = hub.resolve(str(cut), None)
+        report = pass_gates(Candidate(outcome.output, truncated, loaded, worker, console.say, truncated=True))
+    return report, estimate_from_smoke(plan, outcome, reading, imports) if report.passed else None
 
 
 # --- the place ---------------------------------------------------------------------------------------
 
 
 def _parent(recipe: Recipe, plan: Plan) -> Path:
-    """Where scratch files go if the recipe says so, else beside the output: that drive is what the forecast is about.
+    """Where scratch files go if the recipe says so, else beside the output: that drive is what the estimate is about.
 
     Raises:
         UsageError: it lies in the source.
@@ -279,9 +278,3 @@ def _ignored_there(recipe: Recipe, plan: Plan, layers: int) -> list[str]:
             continue
         kept.append(pattern)
     return kept
-
-
-# --- the truncated source ----------------------------------------------------------------------------
-
-
-# --- forecast ----------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 
 from pipeline.verify.codes import CODES, FindingLevel
 
+LEVELS = ("structure", "load", "generate")  # of `verify`, each further than the one before
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -71,10 +73,14 @@ class Report:
         if self.level_of(finding) is not None:
             self.findings.append(finding)
 
-    def include(self, other: Report) -> None:
-        """Add what another report on the same checkpoint holds."""
+    def merge(self, other: Report) -> None:
+        """Add what another report on the same checkpoint holds; a problem of either ends the word of vLLM."""
         self.checked += other.checked
         self.findings += other.findings
+        self.level = max(self.level, other.level, key=LEVELS.index)
+        self.asked = max(self.asked, other.asked, key=LEVELS.index)
+        self.vllm = {**self.vllm, **other.vllm}
+        self.proven_in_vllm = (self.proven_in_vllm or other.proven_in_vllm) and self.passed
 
     def level_of(self, finding: Finding) -> FindingLevel | None:
         """Whether a finding is a problem in this checkpoint, or a note."""

@@ -37,7 +37,7 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
         source: what it was made from; every tensor of it must be accounted for.
         contents: also read every byte: against the hashes that the run recorded, and against the source.
     """
-    report = _report_on(directory, source)
+    report = empty_report(directory, source)
     try:
         result = open_checkpoint(directory)
     except (SourceError, OSError) as error:
@@ -48,7 +48,7 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
     return report
 
 
-def _report_on(directory: Path, source: Checkpoint | None) -> Report:
+def empty_report(directory: Path, source: Checkpoint | None) -> Report:
     """An empty report, which knows whether this tool produced the checkpoint."""
     return Report(str(directory), source.label if source else None, read_identity(directory) is not None)
 
@@ -92,7 +92,7 @@ def read_back(result: Checkpoint, stop: threading.Event) -> Report:
     """Every byte of a result against the hashes that its run recorded while writing, until `stop` is set."""
     from pipeline.verify.contents import check_hashes
 
-    report = _report_on(result.root, None)
+    report = empty_report(result.root, None)
     _run(report, "hashes", check_hashes, result, report, stop)
     return report
 

@@ -1,4 +1,4 @@
-"""Verification, the gate that a result passes before it is published: structure, then the real vLLM.
+"""Verification in the real vLLM, and the whole of it: the structure of the files first, see `structure`.
 
 ``structure`` needs nothing but the files; ``load`` runs vLLM's own loader over them; ``generate`` runs its engine and
 holds the answers against the source's.
@@ -45,61 +45,99 @@ def verify(
     directory: Path,
     source: Checkpoint | None = None,
     level: Level = "load",
-    session: VllmWorker | None = None,
+    worker: VllmWorker | None = None,
     contents: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    engine: bool = False,
 ) -> Report:
-    """Check a quantized checkpoint as far as `level` asks and this machine allows.
+    """Check a quantized checkpoint as far as `level` asks and this machine allows: its structure, then in vLLM.
 
     Args:
         directory: the checkpoint.
         source: what it was made from.
         level: how far.
-        session: of the vLLM to use; without one the structure alone is checked, and the report says so.
+        worker: runs vLLM; without one the structure alone is checked, and the report says so.
         contents: also read every byte; see `check_structure`.
         say: told what is under way.
-        engine: at level load, let the engine answer a prompt in the same start, where this build can run it.
 
     Returns:
         The report; it never raises over what is wrong with the checkpoint.
     """
     report = check_structure(directory, source, contents)
-    report.asked = level
+    report.merge(check_in_vllm(directory, source, level, worker, report, say, read_bytes=not contents))
+    return report
+
+
+def check_in_vllm(
+    directory: Path,
+    source: Checkpoint | None,
+    level: Level,
+    worker: VllmWorker | None,
+    before: Report,
+    say: Callable[[str], None] = lambda text: None,
+    engine: bool = False,
+    read_bytes: bool = True,
+) -> Report:
+    """Load a quantized checkpoint in vLLM and, where `level` asks for it, hold its answers against the source's.
+
+    Args:
+        directory: the checkpoint.
+        source: what it was made from.
+        level: how far; nothing is done at ``structure``.
+        worker: runs vLLM; without one the report says that there is none.
+        before: what was found before; a result with problems is loaded, but does not generate.
+        say: told what is under way.
+        engine: at level load, let the engine answer a prompt in the same start, where this build can run it.
+        read_bytes: read a result of this tool back meanwhile, every byte against the hashes of its run.
+
+    Returns:
+        A report of its own, without what was found before.
+    """
+    report = Report(str(directory), before.source, before.produced_here, asked=level)
     if level == "structure":
         return report
-    if session is None:
+    if worker is None:
         report.add("vllm-missing", "", "not proven in vLLM: none is installed", HOW_TO_GET)
         return report
     try:
         result = open_checkpoint(directory)
     except SourceError:
-        return report  # which says so
+        return report  # the structural check says so
     baseline = source if source is not None and all(shard.path for shard in source.shards) else None
-    server = session.server
-    say(f"loading it in {server.name}")
+    say(f"loading it in {worker.server.name}")
     alone = engine or (level == "generate" and baseline is None)
-    kept = report.produced_here and not contents and not engine  # a smoke test's result is not kept
-    with _Reading(result if kept else None, report):
-        loaded, loads = _load(result, baseline, session, report, alone)
+    with _Reading(result if before.produced_here and read_bytes else None, report):
+        loaded, loads = _load(result, baseline, worker, report, alone, before.passed)
     if not loaded:
         return report
-    report.proven_in_vllm = not report.problems
-    if level == "load" and not engine and (why := _no_kernel(server, loads)):
+    report.proven_in_vllm = report.passed
+    if level == "load" and not engine and (why := _no_kernel(worker.server, loads)):
         report.add("generation-impossible", "", f"not run: {why}")
-    if level == "generate" and not report.passed and report.produced_here:
-        report.add("generation-after-problems", "", "not generated: what is wrong is to be fixed first")
-    elif level == "generate":
-        if baseline is None:
-            text = "answers are held against the source's where it is named (--source)"
-            report.add("generation-without-source", "", text)
-        elif why := _cannot_generate(result, baseline, server, loads):
-            report.add("generation-impossible", "", f"not generated: {why}")
-        else:
-            say(f"generating in {server.name}")
-            _generate(result, baseline, session, report)
+    if level == "generate":
+        _check_generation(result, baseline, worker, report, loads, before.passed, say)
     report.proven_in_vllm = report.proven_in_vllm and report.passed
     return report
+
+
+def _check_generation(
+    result: Checkpoint,
+    baseline: Checkpoint | None,
+    worker: VllmWorker,
+    report: Report,
+    loads: dict[str, dict[str, Any]],
+    clean: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Hold the engine's answers against the source's, or say why not; `clean`: no earlier check found a problem."""
+    if report.produced_here and not (clean and report.passed):
+        report.add("generation-after-problems", "", "not generated: what is wrong is to be fixed first")
+    elif baseline is None:
+        text = "answers are held against the source's where it is named (--source)"
+        report.add("generation-without-source", "", text)
+    elif why := _cannot_generate(result, baseline, worker.server, loads):
+        report.add("generation-impossible", "", f"not generated: {why}")
+    else:
+        say(f"generating in {worker.server.name}")
+        _generate(result, baseline, worker, report)
 
 
 class _Reading:
@@ -117,7 +155,7 @@ class _Reading:
     def __exit__(self, kind: object, *error: object) -> None:
         try:
             if kind is None and self.result is not None:
-                self.report.include(self.found.result())
+                self.report.merge(self.found.result())
         finally:
             self.stop.set()  # an interruption may come while this waits
             self.pool.shutdown()
@@ -127,8 +165,9 @@ class _Reading:
 
 
 def _load(
-    result: Checkpoint, source: Checkpoint | None, session: VllmWorker, report: Report, engine: bool
+    result: Checkpoint, source: Checkpoint | None, session: VllmWorker, report: Report, engine: bool, clean: bool
 ) -> tuple[bool, dict[str, dict[str, Any]]]:
+    """Whether vLLM loaded it, and the records of its loads; `clean`: no earlier check found a problem."""
     server = session.server
     kinds = _cache_kinds(result)
     dtype = _dtype(result)
@@ -149,7 +188,7 @@ def _load(
         _judge_profile(records.pop(), result, server, report)
     baseline = records.pop(0) if source is not None else None
     loads = dict(zip(kinds, records, strict=True))
-    loaded = judge_load(result, loads, baseline, report)
+    loaded = judge_load(result, loads, baseline, report, clean)
     report.vllm = {
         "server": server.name,
         "platform": records[0].get("platform"),
@@ -377,9 +416,6 @@ def _too_large(checkpoint: Checkpoint, server: Server) -> str | None:
     if free is not None and needed > free:
         return f"the engine needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     return None
-
-
-LEVELS = ("structure", "load", "generate")  # of `verify`, each further than the one before
 
 
 def find_environment(recipe: Recipe) -> Server | None:

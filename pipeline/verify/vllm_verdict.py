@@ -35,7 +35,11 @@ MAX_DROP = 1.0  # nats a token, over the source's own greedy answer
 
 
 def judge_load(
-    result: Checkpoint, loads: Mapping[str, dict[str, Any]], baseline: dict[str, Any] | None, report: Report
+    result: Checkpoint,
+    loads: Mapping[str, dict[str, Any]],
+    baseline: dict[str, Any] | None,
+    report: Report,
+    clean: bool = True,
 ) -> bool:
     """Judge what the load check saw.
 
@@ -44,6 +48,7 @@ def judge_load(
         loads: by --kv-cache-dtype, what `vllm_env.jobs.load.check` returned.
         baseline: the same of the source; None where there is none.
         report: findings go here.
+        clean: no earlier check found a problem.
 
     Returns:
         Whether vLLM loaded it, so that something is proven if no problem was found.
@@ -91,7 +96,7 @@ def judge_load(
     elif not attention:
         text = "vLLM runs this model's attention in a way whose scales are not looked at here"
         report.add("attention-not-judged", "", text)
-    _add_loaded(sound, "fp8" in sound and bool(attention), report)
+    _add_loaded(sound, clean and "fp8" in sound and bool(attention), report)
     return True
 
 
