@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.backends.registry import choose_backend
 from pipeline.batch.planning import JobPlan
 
 # The rough rule, for a machine with an NVMe drive and 2 cores or one GPU; what finished jobs took corrects it.
 STARTING = {False: 1.0, True: 6.0}  # seconds: a data-free job imports no torch
-IMPORTS = {"modelopt": 5.0, "llmcompressor": 0.2}
-OBSERVED = {"modelopt": 1.0, "llmcompressor": 0.6}  # a forward that observes every linear layer, or the KV caches alone
 STREAM = 500e6  # bytes a second
 LAYERS = {"cpu": 300e6, "cuda": 1e9}
 FORWARDS = {"cpu": 1.5e11, "cuda": 1e14}  # floating-point operations a second
@@ -41,12 +40,12 @@ def rule(plan: JobPlan) -> dict[str, float]:
         "verify": VERIFY[plan.verify] + (plan.source_bytes / ENGINE if plan.verify == "generate" else 0.0),
     }
     if calibrated:
-        backend = plan.recipe.backend
+        backend = choose_backend(plan.recipe)
         flops = plan.tokens * plan.layer_bytes  # two operations per weight, of two bytes
         forwards = flops / FORWARDS[plan.device] + plan.batches * plan.layers * BATCH[plan.device]
-        parts["imports"] = IMPORTS[backend]
+        parts["imports"] = backend.import_seconds
         parts["weights"] = plan.layer_bytes / LAYERS[plan.device] * left
-        parts["forwards"] = forwards * left * OBSERVED[backend]
+        parts["forwards"] = forwards * left * backend.forward_cost
     return parts
 
 
