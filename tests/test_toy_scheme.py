@@ -1,28 +1,36 @@
-"""A scheme of its own, defined here alone: it converts and verifies without an edit anywhere else.
+"""Schemes defined here alone: they convert and verify without an edit anywhere else.
 
-Data-free FP8 with one power-of-two scale per output row, kept as a vector; its section says ``quant_method: toy``.
+The first is data-free: FP8 with one power-of-two scale per output row, kept as a vector in F32; its section says
+``quant_method: toy``. The second is calibrated: per-tensor FP8 in compressed-tensors' words, with KV scales.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from pipeline.batch.estimate import rule
 
 from pipeline import convert
 from pipeline.backends import registry
+from pipeline.backends.attention import AttentionObserver, scale_tensors
+from pipeline.backends.base import Ranges
 from pipeline.backends.fp8 import NonFiniteWeight
+from pipeline.checkpoint.result import VERSIONS
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import UsageError
 from pipeline.formats import methods
-from pipeline.formats.base import Format, Output, Requantized
+from pipeline.formats.base import Format, Output, Requantized, every_name
+from pipeline.formats.kv_scales import COMPRESSED_NAMES
 from pipeline.model.selection import Selection
 from pipeline.recipe import recipe as recipes
 from pipeline.recipe.sections import Common, Section
 from pipeline.verify.structure import check_structure
+from tests.batch_runs import a_plan
 from tests.conftest import all_tensors, damaged, make_plain_checkpoint
 
 TOY = Format(
@@ -33,6 +41,7 @@ TOY = Format(
     granularity="channel",
     recognizes=lambda section: section.get("quant_method") == "toy",
     column=False,
+    scale_dtype="F32",
 )
 
 
@@ -51,12 +60,12 @@ class ToyRecipe(Common):
 
 
 def quantize(weight: torch.Tensor, headroom: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 values and one power of two per row, in the weight's dtype."""
+    """E4M3 values and one power of two per row."""
     amax = weight.float().abs().amax(1).clamp(min=2.0**-100)
     if not bool(amax.isfinite().all()):
         raise NonFiniteWeight(None)
     scale = torch.exp2(torch.ceil(torch.log2(amax / 448.0)) + headroom)
-    return (weight.float() / scale[:, None]).to(torch.float8_e4m3fn), scale.to(weight.dtype)
+    return (weight.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
 
 
 class Toy:
@@ -65,7 +74,6 @@ class Toy:
     name = "toy"
     format = TOY
     needs_data = weights_need_data = False
-    numerics = "the toy's"
     tags: tuple[str, ...] = ("toy",)
     card = "Weights are FP8 with scales that are powers of two."
     expert_rule = "their weights give their scales"
@@ -95,16 +103,23 @@ class Toy:
             weight = torch.frombuffer(source, dtype=torch.bfloat16).view(rows, columns)
             made, scale = quantize(weight, self.headroom)
             torch.frombuffer(values, dtype=torch.uint8).copy_(made.view(torch.uint8).flatten())
-            torch.frombuffer(scales, dtype=torch.bfloat16).copy_(scale)
+            torch.frombuffer(scales, dtype=torch.float32).copy_(scale)
 
         assert dtype == "BF16"
         return run
 
 
 def requantize(
-    weight: bytearray, dtype: str, rows: int, columns: int, stored: Mapping[str, tuple[str, bytes]], power: int
+    weight: memoryview,
+    dtype: str,
+    rows: int,
+    columns: int,
+    stored: Mapping[str, tuple[str, bytes]],
+    power: int,
+    options: Mapping[str, Any],
 ) -> Requantized:
-    values, scale = quantize(torch.frombuffer(weight, dtype=torch.bfloat16).view(rows, columns), 0)
+    source = torch.frombuffer(weight, dtype=torch.bfloat16).view(rows, columns)
+    values, scale = quantize(source, options.get("headroom", 0))
     return Requantized({
         "weight": values.view(torch.uint8).numpy().tobytes(),
         "weight_scale": scale.view(torch.uint8).numpy().tobytes(),
@@ -116,7 +131,7 @@ def toy() -> Iterator[None]:
     def make(recipe: Any) -> Any:
         return Toy(recipe.backend_options.headroom)
 
-    scheme = registry.Scheme("toy", "pow2", make, TOY, requantize, Toy.numerics)
+    scheme = registry.Scheme("toy", "pow2", make, TOY, requantize, "the toy's")
     recipes.register("toy", ToyRecipe)
     methods.register(TOY)
     registry.register(scheme)
@@ -139,15 +154,16 @@ def test_a_toy_scheme_converts_and_verifies(toy: None, tmp_path: Path) -> None:
     assert outcome.report is not None and outcome.report.passed, outcome.report
     made, before = all_tensors(outcome.output), all_tensors(source)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert made[name][0] == "F8_E4M3" and made[f"{name}_scale"][:2] == ("BF16", (96,))
+    assert made[name][0] == "F8_E4M3" and made[f"{name}_scale"][:2] == ("F32", (96,))
     assert made["model.layers.2.mlp.up_proj.weight"] == before["model.layers.2.mlp.up_proj.weight"]
     raw = torch.frombuffer(bytearray(before[name][2]), dtype=torch.bfloat16).view(96, 64)
     values = torch.frombuffer(bytearray(made[name][2]), dtype=torch.float8_e4m3fn).view(96, 64).float()
-    scale = torch.frombuffer(bytearray(made[f"{name}_scale"][2]), dtype=torch.bfloat16).float()
+    scale = torch.frombuffer(bytearray(made[f"{name}_scale"][2]), dtype=torch.float32)
     assert float((values * scale[:, None] - raw.float()).abs().max()) < 0.1 / 8
     report = check_structure(outcome.output, open_checkpoint(source), contents=True)
     assert report.passed and any("quantized once more: the same bits" in line for line in report.checked)
     assert "powers of two" in (outcome.output / "README.md").read_text()
+    assert json.loads((outcome.output / VERSIONS).read_text())["toy"] == "1"
 
 
 def test_damage_to_it_is_found(toy: None, tmp_path: Path) -> None:
@@ -180,6 +196,149 @@ def test_its_options_and_its_schema_are_its_own(toy: None, tmp_path: Path) -> No
     first = convert(asked(source, tmp_path / "a"), quiet=True).output
     second = convert(asked(source, tmp_path / "b", backend_options={"headroom": 1}), quiet=True).output
     assert all_tensors(first) != all_tensors(second)
+    for output in (first, second):  # the options of the run decide what its weights give when quantized once more
+        report = check_structure(output, open_checkpoint(source), contents=True)
+        assert report.passed and any("quantized once more: the same bits" in line for line in report.checked)
     assert "toy" in recipes.json_schema()["discriminator"]["mapping"]
     with pytest.raises(UsageError, match=r"backend_options.headrom: unknown key; did you mean headroom"):
         convert(asked(source, tmp_path / "c", backend_options={"headrom": 1}))
+
+
+# --- a calibrated one --------------------------------------------------------------------------------
+
+FP8_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+def is_per_tensor(section: Mapping[str, Any]) -> bool:
+    groups = section.get("config_groups") or {}
+    return section.get("quant_method") == "compressed-tensors" and any(
+        group["weights"]["strategy"] == "tensor" and group["input_activations"]["dynamic"] for group in groups.values()
+    )
+
+
+PER_TENSOR = Format(
+    "compressed-tensors",
+    FP8_TENSOR,
+    PER_TOKEN,
+    static_inputs=False,
+    granularity="tensor",
+    recognizes=is_per_tensor,
+    cache=every_name(COMPRESSED_NAMES),
+    scale_dtype="F32",
+    section_format=("float-quantized",),
+)
+
+
+class PerTensorRecipe(Common):
+    """FP8 with one scale per weight."""
+
+    backend: Literal["observed"]
+    scheme: Literal["fp8_tensor"]
+    backend_options: Section = Section()
+    calibrated_schemes: ClassVar[tuple[str, ...]] = ("fp8_tensor",)
+
+
+def quantize_whole(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 values and the amax over 448, in F32."""
+    scale = weight.float().abs().amax() / 448.0
+    return (weight.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+class PerTensor(Toy):
+    """The backend: whole weights, and KV scales from the observer that every scheme can use."""
+
+    name = "observed"
+    format = PER_TENSOR
+    needs_data = weights_need_data = True
+    card = "Weights are FP8 with one scale each."
+
+    def __init__(self, kv_cache: bool) -> None:
+        self.kv_cache = kv_cache
+        self.observer = AttentionObserver()
+
+    def attention_outputs(self) -> tuple[Output, ...]:
+        return COMPRESSED_NAMES.outputs() if self.kv_cache else ()
+
+    def config_section(self, selection: Selection) -> dict[str, Any]:
+        group = {"targets": ["Linear"], "weights": FP8_TENSOR, "input_activations": PER_TOKEN}
+        return {
+            "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"all": group},
+            "ignore": list(selection.kept_linears), "kv_cache_scheme": FP8_TENSOR if self.kv_cache else None,
+        }  # fmt: skip
+
+    def prepare(self, skeleton: Any, selection: Selection) -> None:
+        self.observer.install(skeleton.model)
+
+    def calibrate(self, layer: Any, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
+        forward()
+        return Ranges(attention=self.observer.take(layer.module))
+
+    def finish(self, layer: Any, ranges: Ranges) -> dict[str, Any]:
+        made = {}
+        for name, module in layer.linears.items():
+            made[f"{name}.weight"], made[f"{name}.weight_scale"] = quantize_whole(module.weight.detach())
+        return {**made, **(scale_tensors(layer.attention, ranges, COMPRESSED_NAMES) if self.kv_cache else {})}
+
+
+def requantize_whole(
+    weight: memoryview,
+    dtype: str,
+    rows: int,
+    columns: int,
+    stored: Mapping[str, tuple[str, bytes]],
+    power: int,
+    options: Mapping[str, Any],
+) -> Requantized:
+    values, scale = quantize_whole(torch.frombuffer(weight, dtype=torch.bfloat16).view(rows, columns))
+    return Requantized({
+        "weight": values.view(torch.uint8).numpy().tobytes(),
+        "weight_scale": scale.numpy().tobytes(),
+    })  # fmt: skip
+
+
+@pytest.fixture
+def observed() -> Iterator[None]:
+    def make(recipe: Any) -> Any:
+        return PerTensor(recipe.kv_cache == "fp8")
+
+    scheme = registry.Scheme("observed", "fp8_tensor", make, PER_TENSOR, requantize_whole, "the toy's")
+    recipes.register("observed", PerTensorRecipe)
+    methods.register(PER_TENSOR)
+    registry.register(scheme)
+    yield
+    registry.unregister(scheme)
+    methods.unregister(PER_TENSOR)
+    recipes.unregister("observed")
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "none"])
+def test_a_calibrated_scheme_converts_and_verifies(
+    kv_cache: str, observed: None, small_model: Callable[[str], Path], captions: Path, tmp_path: Path
+) -> None:
+    source = small_model("llama")
+    wanted = asked(source, tmp_path / "out", backend="observed", scheme="fp8_tensor", kv_cache=kv_cache)
+    with pytest.raises(UsageError, match="calibration: this key is missing; scheme: fp8_tensor"):
+        convert(wanted)
+    calibration = {"captions": str(captions), "samples": 8}
+    outcome = convert({**wanted, "calibration": calibration, "runtime": {"device": "cpu"}}, quiet=True)
+    assert outcome.report is not None and outcome.report.passed, outcome.report
+    made = all_tensors(outcome.output)
+    assert made["model.layers.0.mlp.up_proj.weight_scale"][:2] == ("F32", ())
+    assert ("model.layers.0.self_attn.k_scale" in made) == (kv_cache == "fp8")
+    report = check_structure(outcome.output, open_checkpoint(source), contents=True)
+    assert report.passed and any("quantized once more: the same bits" in line for line in report.checked)
+
+    def double(name: str, part: bytearray) -> None:
+        if name.endswith("layers.1.mlp.up_proj.weight_scale"):
+            part[:] = (2 * torch.frombuffer(part, dtype=torch.float32)).numpy().tobytes()
+
+    report = check_structure(damaged(outcome.output, tmp_path / "double", double), open_checkpoint(source), True)
+    assert "requantized-differs" in {finding.code for finding in report.findings} and not report.passed
+
+
+def test_an_estimate_of_it_needs_no_table(observed: None, captions: Path, tmp_path: Path) -> None:
+    wanted = asked(tmp_path, tmp_path / "out", backend="observed", scheme="fp8_tensor")
+    parsed = recipes.parse(json.dumps({**wanted, "calibration": {"captions": str(captions)}}))
+    parts = rule(a_plan(recipe=parsed))
+    assert parts["imports"] == PerTensor.import_seconds and parts["forwards"] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.backends.fp8 import Buffer
 from pipeline.errors import PipelineError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.model.skeleton import Layer, Skeleton
 
 
-@runtime_checkable
 class Backend(Protocol):
     """A quantization scheme: what weights become, what the config says of it, how it is described.
 
@@ -27,7 +26,6 @@ class Backend(Protocol):
         format: how its modules lie in a file.
         needs_data: whether every decoder layer has to run before it is written.
         weights_need_data: whether that holds of the weights, too, and not of KV scales alone.
-        numerics: whose numerics decide the bits, for messages: ``ModelOpt's``.
         tags: for the model card.
         card: sentences for the model card about weights and activations.
         expert_rule: where the scales of an expert come from that no token reached; a sentence.
@@ -40,7 +38,6 @@ class Backend(Protocol):
     format: Format
     needs_data: bool
     weights_need_data: bool
-    numerics: str
     tags: tuple[str, ...]
     expert_rule: str
     import_seconds: float
@@ -67,10 +64,17 @@ class Backend(Protocol):
 
 
 class DataFreeBackend(Backend, Protocol):
-    """A scheme whose weights need no data: FP8 values and one scale per row, from the rows alone."""
+    """A scheme whose weights need no data: FP8 values and one scale per row, from the rows alone.
+
+    Its format is per-channel and has no static inputs. Rows come in pieces, so a row's result may not depend on others.
+    """
 
     def quantizer(self, dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], None]:
-        """``f(source, values, scales, rows, columns)``, safe to call from several threads at once."""
+        """``f(source, values, scales, rows, columns)``, safe to call from several threads at once.
+
+        It reads ``rows x columns`` values of `dtype`; it writes as many E4M3 values, and one scale per row in the
+        dtype that `format` gives scales. Raises `NonFiniteWeight`.
+        """
 
 
 class CalibratedBackend(Backend, Protocol):

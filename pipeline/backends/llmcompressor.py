@@ -46,7 +46,6 @@ class FP8Dynamic:
     format = COMPRESSED
     needs_data = False
     weights_need_data = False
-    numerics = "llm-compressor's"
     tags: tuple[str, ...] = ("compressed-tensors", "llm-compressor")
     card = (
         "Weights of the language model's linear layers are quantized per-channel; activations are quantized per token\n"
@@ -168,7 +167,13 @@ def _patterns(selection: Selection) -> list[str]:
 
 
 def requantize(
-    weight: bytearray, dtype: str, rows: int, columns: int, stored: Mapping[str, tuple[str, bytes]], power: int
+    weight: memoryview,
+    dtype: str,
+    rows: int,
+    columns: int,
+    stored: Mapping[str, tuple[str, bytes]],
+    power: int,
+    options: Mapping[str, Any],
 ) -> Requantized:
     """A weight quantized once more; see `pipeline.formats.base.Requantize`. Scales are made from the weight itself.
 

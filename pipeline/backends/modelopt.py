@@ -47,7 +47,6 @@ class ModelOptFP8:
     format = MODELOPT
     needs_data = True
     weights_need_data = True
-    numerics = "ModelOpt's"
     tags: tuple[str, ...] = ("modelopt",)
     expert_rule = (
         "all experts of a layer share the range of what goes in, and each expert's weights give their own, so none is "
@@ -304,7 +303,6 @@ class ModelOptFP8:
         made[f"{name}.input_scale"] = inward
 
     def _add_cache_scales(self, made: dict[str, Any], layer: Layer, ranges: Ranges) -> None:
-
         assert layer.attention is not None
         if self.exact:
             for key in "kv":
@@ -382,7 +380,13 @@ def ignore_entries(selection: Selection) -> list[str]:
 
 
 def requantize(
-    weight: bytearray, dtype: str, rows: int, columns: int, stored: Mapping[str, tuple[str, bytes]], power: int
+    weight: memoryview,
+    dtype: str,
+    rows: int,
+    columns: int,
+    stored: Mapping[str, tuple[str, bytes]],
+    power: int,
+    options: Mapping[str, Any],
 ) -> Requantized:
     """A weight packed once more with its stored scale; see `pipeline.formats.base.Requantize`.
 
@@ -406,6 +410,16 @@ def requantize(
         return Requantized({}, unusable="weight_scale", reach=reach)
     made = to_quantized_weight(values, factor, QUANTIZATION_FP8).view(torch.uint8).numpy().tobytes()
     return Requantized({"weight": made}, reach=reach)
+
+
+def repeats(identity: Mapping[str, Any]) -> bool:
+    """Whether a CPU gives the bits of a run again.
+
+    It does not for exact mode on a GPU: a BF16 weight is divided by ModelOpt's own F32 scale in F32 there, in BF16 on a
+    CPU.
+    """
+    options = identity.get("backend_options") or {}
+    return not options.get("exact") or str(identity.get("device")).startswith("cpu")
 
 
 # --- balancing ---------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """The schemes that there are: which backend carries out a recipe, and which numerics a format has.
 
-A new scheme registers itself here, beside its file in backends/, its format and its word in the recipe; nobody else
-asks for a scheme by name.
+Nobody else asks for a scheme by name. A new one needs, and tests/test_toy_scheme.py has all of it in one file:
+
+1. a backend (`pipeline.backends.base`) and a function that quantizes once more (`pipeline.formats.base.Requantize`);
+2. a format, `pipeline.formats.methods.register`, unless it shares one;
+3. a recipe, `pipeline.recipe.recipe.register`;
+4. an entry here, `register`.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ class Scheme:
         make: the backend for a recipe.
         format: how its results lie in a file.
         requantize: its numerics once more, for verification.
-        numerics: whose they are, for messages.
+        numerics: whose they are, for messages: ``ModelOpt's``.
+        repeats: whether a CPU gives the bits of a run again, by the run's identity.
     """
 
     backend: str
@@ -38,6 +43,7 @@ class Scheme:
     format: Format
     requantize: Requantize
     numerics: str
+    repeats: Callable[[Mapping[str, Any]], bool] = lambda identity: True
 
 
 def _modelopt(recipe: Recipe) -> Backend:
@@ -62,10 +68,8 @@ def unregister(scheme: Scheme) -> None:
     del _schemes[scheme.backend, scheme.scheme]
 
 
-register(Scheme("modelopt", "fp8", _modelopt, MODELOPT, modelopt.requantize, ModelOptFP8.numerics))
-register(
-    Scheme("llmcompressor", "fp8_dynamic", _fp8_dynamic, COMPRESSED, llmcompressor.requantize, FP8Dynamic.numerics)
-)
+register(Scheme("modelopt", "fp8", _modelopt, MODELOPT, modelopt.requantize, "ModelOpt's", modelopt.repeats))
+register(Scheme("llmcompressor", "fp8_dynamic", _fp8_dynamic, COMPRESSED, llmcompressor.requantize, "llm-compressor's"))
 
 
 def choose_backend(recipe: Recipe) -> Backend:
@@ -84,6 +88,16 @@ def of_identity(identity: Mapping[str, Any]) -> Scheme | None:
     return _schemes.get((str(identity.get("backend")), str(identity.get("scheme"))))
 
 
-def of_format(found: Format) -> Scheme | None:
-    """The scheme whose results have this format; None where nothing here makes it."""
-    return next((scheme for scheme in _schemes.values() if scheme.format is found), None)
+def of_result(found: Format, identity: Mapping[str, Any] | None) -> Scheme | None:
+    """The scheme whose numerics a checkpoint of this format should have.
+
+    Args:
+        found: how the checkpoint describes itself.
+        identity: of the run that made it; None for a third-party checkpoint.
+
+    Returns:
+        The run's own scheme, else the first one with this format; None where nothing here makes it.
+    """
+    own = of_identity(identity) if identity is not None else None
+    known = [own] if own is not None else []
+    return next((scheme for scheme in (*known, *_schemes.values()) if scheme.format is found), None)

@@ -74,7 +74,8 @@ class Watch:
         for record, plan in queue.planned():
             table.add_row(
                 escape(record.name), escape(plan.source), size_text(plan.work.source_bytes),
-                size_text(plan.output_bytes), size_text(plan.peak_memory), size_text(plan.disk), "yes" if plan.gpu else "no",
+                size_text(plan.output_bytes), size_text(plan.peak_memory), size_text(plan.disk),
+                "yes" if plan.gpu else "no",
                 "" if plan.already else time_text(queue.estimator.seconds(plan.work)), escape(_remark(record, plan)),
             )  # fmt: skip
         self.say(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 FP8 = "F8_E4M3"
 
@@ -39,6 +39,12 @@ class ScaleNames:
         return tuple(Output(name, self.dtype, self.shape) for name in self.names.values())
 
 
+def every_name(*known: ScaleNames) -> dict[str, tuple[str, ...]]:
+    """All names of each scale, by its key (k, v, q, prob), in the order of `known`."""
+    keys = dict.fromkeys(key for names in known for key in names.names)
+    return {key: tuple(names.names[key] for names in known if key in names.names) for key in keys}
+
+
 @dataclass(frozen=True)
 class Format:
     """A layout of FP8 weights, and the section of config.json that describes it.
@@ -51,7 +57,6 @@ class Format:
         inputs: likewise of activations.
         static_inputs: whether every weight has an ``input_scale``.
         granularity: of the weight scale: ``channel`` (one per output row) or ``tensor``.
-        kv: the names under which KV scales are written; None where nothing here writes any.
         cache: for k, v, q and prob every name that vLLM takes, from the attention's prefix on.
         scale_dtype: of scales; None: the source weight's own.
         column: whether per-channel scales are columns, [rows, 1], as compressed-tensors has them, or [rows].
@@ -60,6 +65,7 @@ class Format:
         section_format: what the section's own ``format`` must be; empty: not looked at.
         quant_algo: what the section's ``quant_algo`` must be; None: not looked at.
         groups_optional: whether vLLM does without ``config_groups``.
+        ignore_globs: whether patterns of the section's ``ignore`` are globs; else ``re:`` with regular expressions.
         recognizes: whether a section describes this layout.
     """
 
@@ -70,7 +76,6 @@ class Format:
     granularity: Literal["channel", "tensor"]
     recognizes: Callable[[Mapping[str, Any]], bool]
     cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    kv: ScaleNames | None = None
     scale_dtype: str | None = None
     column: bool = True
     repeatable: bool = True
@@ -78,6 +83,7 @@ class Format:
     section_format: tuple[str, ...] = ()
     quant_algo: str | None = None
     groups_optional: bool = False
+    ignore_globs: bool = False
 
     def scale_shape(self, rows: int) -> tuple[int, ...]:
         """Of the scale of a weight with so many rows."""
@@ -113,6 +119,31 @@ class Requantized:
     reach: tuple[float, float] | None = None
 
 
-# (the weight's bytes, rows by rows; dtype; rows; columns; stored tensors as (dtype, bytes) by suffix; the power of two
-# that the rows were scaled by) -> what the file should hold
-Requantize = Callable[[bytearray, str, int, int, Mapping[str, tuple[str, bytes]], int], Requantized]
+class Requantize(Protocol):
+    """A scheme's numerics once more, for verification."""
+
+    def __call__(
+        self,
+        weight: memoryview,
+        dtype: str,
+        rows: int,
+        columns: int,
+        stored: Mapping[str, tuple[str, bytes]],
+        power: int,
+        options: Mapping[str, Any],
+    ) -> Requantized:
+        """What a file should hold for a weight.
+
+        Args:
+            weight: the source's, row by row.
+            dtype: of `weight`: BF16, F16 or F32.
+            rows: output features.
+            columns: input features.
+            stored: the module's tensors in the file that is verified, as (dtype, bytes) by suffix; what is lost there
+                is missing here.
+            power: the rows were scaled by 2^power before they were quantized (cross-layer equalization).
+            options: the run's ``backend_options``; empty for a third-party checkpoint.
+
+        Raises:
+            NonFiniteWeight: the weight holds NaN or Inf.
+        """

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor, read_json
-from pipeline.formats.base import Format
-from pipeline.formats.kv_scales import COMPRESSED_NAMES, MODELOPT_NAMES
+from pipeline.formats.base import Format, every_name
+from pipeline.formats.kv_scales import COMPRESSED_NAMES, MODELOPT_NAMES, MODELOPT_OWN_NAMES
 
 SECTION = "quantization_config"
 OLD_FILE = "hf_quant_config.json"
@@ -66,8 +66,7 @@ COMPRESSED = Format(
     static_inputs=False,
     granularity="channel",
     recognizes=_plain,
-    cache={key: (f"{key}_scale",) for key in "kvq"},
-    kv=COMPRESSED_NAMES,
+    cache=every_name(COMPRESSED_NAMES),
     section_format=FLOAT_QUANTIZED,
 )
 MODELOPT = Format(
@@ -77,17 +76,12 @@ MODELOPT = Format(
     static_inputs=True,
     granularity="tensor",
     recognizes=_modelopt,
-    cache={
-        "k": ("k_scale", "k_proj.k_scale"),
-        "v": ("v_scale", "v_proj.v_scale"),
-        "q": ("q_scale",),
-        "prob": ("attn.prob_scale",),
-    },
-    kv=MODELOPT_NAMES,
+    cache=every_name(MODELOPT_NAMES, MODELOPT_OWN_NAMES),
     scale_dtype="F32",
     repeatable_elsewhere=frozenset({"BF16"}),
     quant_algo="FP8",
     groups_optional=True,
+    ignore_globs=True,
 )
 # compressed-tensors' scheme FP8, static and per-tensor for weights and inputs: vLLM loads it, nothing here makes it
 STATIC = Format(

@@ -90,27 +90,28 @@ class IgnoreProblem:
 class IgnoreList:
     """The ``ignore`` of a quantization_config, as vLLM matches it.
 
-    An entry is a module's name, or ``re:`` with a regular expression matched from the start of the name; with
-    ModelOpt's method it may be a glob instead.
+    An entry is a module's name or a pattern: ``re:`` with a regular expression matched from the start of the name, or,
+    in a format with globs, a glob.
 
     Args:
         entries: the list.
-        method: the config's ``quant_method``.
-        loose: take ModelOpt's names for parts of names as well, and some vision towers for ignored in any case, as
+        globs: whether patterns are globs (`pipeline.formats.base.Format.ignore_globs`).
+        loose: with globs, take names for parts of names as well, and some vision towers for ignored in any case, as
             vLLM does for its older exports (`ModelOptQuantConfigBase.is_layer_excluded`); ours need neither.
 
     Raises:
         ValueError: an entry is no text, or no regular expression.
     """
 
-    def __init__(self, entries: Iterable[object], method: str = "compressed-tensors", loose: bool = False) -> None:
-        self._loose = loose and method == "modelopt"
+    def __init__(self, entries: Iterable[object], globs: bool = False, loose: bool = False) -> None:
+        self.globs = globs
+        self._loose = loose and globs
         self._literals: set[str] = set()
         self._patterns: dict[str, re.Pattern[str]] = {}
         for entry in entries:
             if not isinstance(entry, str):
                 raise ValueError(f"{entry!r} is no module's name")
-            if method == "modelopt":
+            if globs:
                 if "*" in entry:
                     self._patterns[entry] = re.compile(translate(entry))
                 else:

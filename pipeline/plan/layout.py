@@ -293,6 +293,7 @@ def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piec
             continue
         rows, columns = sum(module[1] for module in block.modules), block.modules[0][2]
         modules = [(module[1], next(groups)) for module in block.modules]
+        scale_width = DTYPE_BYTES[modules[0][1][1][1]]  # of the second tensor's dtype; see `Format.outputs`
         step = rows if block.transposed else max(1, PIECE_BYTES // (columns * width))
         for first in range(0, rows, step):
             count = min(step, rows - first)
@@ -304,7 +305,7 @@ def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piec
                 columns=columns,
                 transposed=block.transposed,
                 first_row=first,
-                writes=tuple(_quantized_writes(modules, outputs, first, count, columns, width)),
+                writes=tuple(_quantized_writes(modules, outputs, first, count, columns, scale_width)),
             )
 
 

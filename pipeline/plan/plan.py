@@ -193,7 +193,7 @@ def _check_ignore(
                 linears[name.removesuffix(".weight")] = output.dtype
     modules = {name.rpartition(".")[0] for name in outputs} | set(selection.kept_linears)
     section = backend.config_section(selection)
-    problems = IgnoreList(section["ignore"], section["quant_method"]).problems(linears, modules)
+    problems = IgnoreList(section["ignore"], backend.format.ignore_globs).problems(linears, modules)
     if problems:
         raise SourceError(
             f"{problems[0].text} (and {len(problems) - 1} more)", remedy="please report it with the plan's --json"

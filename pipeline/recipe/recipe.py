@@ -11,7 +11,7 @@ import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 import yaml
 from pydantic import (
@@ -30,6 +30,7 @@ class ModelOptRecipe(Common):
 
     backend: Literal["modelopt"]
     scheme: Literal["fp8", "none"]
+    calibrated_schemes: ClassVar[tuple[str, ...]] = ("fp8",)
     backend_options: ModelOptOptions = ModelOptOptions()
 
 
@@ -46,7 +47,12 @@ _MODELS: dict[str, type[Common]] = {"modelopt": ModelOptRecipe, "llmcompressor":
 
 
 def register(backend: str, model: type[Common]) -> None:
-    """Let recipes name another backend; `model` has its ``backend``, ``scheme`` and ``backend_options``."""
+    """Let recipes name another backend.
+
+    Args:
+        backend: its word.
+        model: the recipe, with its ``backend``, ``scheme`` and ``backend_options``, and ``calibrated_schemes``.
+    """
     _MODELS[backend] = model
     _adapter.cache_clear()
 
@@ -235,10 +241,18 @@ def _contradictions(document: Document, file: str) -> list[tuple[Position, str]]
     scheme, kv_cache = data.get("scheme"), data.get("kv_cache", "fp8")
     if scheme == "none" and kv_cache == "none":
         problem("scheme", "none with kv_cache: none leaves nothing to do; choose a scheme or kv_cache: fp8")
-    needs = [f"{key}: {value}" for key, value in (("scheme", scheme), ("kv_cache", kv_cache)) if value == "fp8"]
+    needs = [f"scheme: {scheme}"] if _is_calibrated(data.get("backend"), scheme) else []
+    needs += ["kv_cache: fp8"] if kv_cache == "fp8" else []
     if needs and data.get("calibration") is None:
         problem("calibration", f"this key is missing; {' and '.join(needs)} need it (or set kv_cache: none)")
     return found
+
+
+def _is_calibrated(backend: Any, scheme: Any) -> bool:
+    """Whether the weights of a scheme need data; of a backend that does not know it, as those that do."""
+    own = _MODELS.get(str(backend))
+    owns = own is not None and scheme in get_args(own.model_fields["scheme"].annotation)
+    return any(scheme in model.calibrated_schemes for model in ([own] if own and owns else _MODELS.values()))
 
 
 def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:

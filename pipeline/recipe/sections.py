@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -252,6 +252,8 @@ class Runtime(Section):
 
 class Common(Section):
     """The keys that every backend shares."""
+
+    calibrated_schemes: ClassVar[tuple[str, ...]] = ()  # those of the backend whose weights need data
 
     model: Model = Field(description="The checkpoint to convert.")
     output: str = Field(

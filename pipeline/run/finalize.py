@@ -33,7 +33,7 @@ def finalize(plan: Plan, journal: Journal, log: EventLog) -> None:
     write_file(partial / "README.md", model_card(plan, calibration_report.findings(plan, journal)).encode())
     write_file(partial / PROFILE, profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes).encode())
     write_file(partial / RECIPE, recipe_yaml(plan.recipe).encode())
-    write_file(partial / VERSIONS, json_bytes(_versions()))
+    write_file(partial / VERSIONS, json_bytes(_versions(plan)))
     write_file(partial / LAYERS, json_bytes(recorded_layers(partial / EVENTS)))
     if plan.calibration is not None:
         write_file(partial / CALIBRATION, json_bytes(calibration_report.as_json(plan, journal)))
@@ -50,14 +50,14 @@ def record_verdict(partial: Path, report: Report, log: EventLog) -> None:
     log.write("verified", passed=report.passed, problems=report.problems, proven_in_vllm=report.proven_in_vllm)
 
 
-def _versions() -> dict[str, str]:
+def _versions(plan: Plan) -> dict[str, str]:
     found = {"fp8-pipeline": __version__, "python": platform.python_version(), "system": platform.platform()}
     for name in LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return {**found, **plan.backend.versions(set())}
 
 
 def write_config(plan: Plan, target: Path) -> None:

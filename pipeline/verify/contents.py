@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.backends.fp8 import NonFiniteWeight, transpose
-from pipeline.backends.registry import Scheme, of_format
+from pipeline.backends.registry import Scheme, of_result
 from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.result import CALIBRATION, FILES, JOURNAL
 from pipeline.checkpoint.sidecars import changed_files
@@ -119,8 +120,10 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
     Weights of a layout that is not made here are dequantized and compared as numbers, where their scales say how.
     """
     selection, same, again, other, near, unread = select(source), 0, 0, 0, 0, 0
-    ours = _made_here(result)
-    scheme = of_format(method) if method is not None else None
+    identity = read_identity(result.root)
+    scheme = of_result(method, identity) if method is not None else None
+    ours = identity is not None and (scheme is None or scheme.repeats(identity))
+    options: Mapping[str, Any] = (identity or {}).get("backend_options") or {}
     powers = _powers(result)
     reaches: dict[str, tuple[float, float]] = {}
     for name, tensor in source.tensors.items():
@@ -140,7 +143,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
         elif scheme is not None and scheme.format.can_repeat(tensor.dtype, ours):
             again += 1
             try:
-                wrong, far = _quantize_again(source, tensor, result, role, selection, scheme, powers, reaches)
+                wrong, far = _quantize_again(source, tensor, result, role, selection, scheme, options, powers, reaches)
             except NonFiniteWeight:
                 report.add("source-not-finite", name, f"{name}: NaN or Inf in the source")
                 continue
@@ -215,18 +218,6 @@ def _distance(source: Checkpoint, tensor: Tensor, result: Checkpoint) -> float |
     return float((found - weight).norm()) / norm if norm else 0.0
 
 
-def _made_here(result: Checkpoint) -> bool:
-    """Whether a run of ours made this, with bits that a CPU gives again.
-
-    ModelOpt's own F32 scales do not: a BF16 weight is divided by them in F32 on a GPU, in BF16 on a CPU.
-    """
-    identity = read_identity(result.root)
-    if identity is None:
-        return False
-    options = identity.get("backend_options") or {}
-    return not options.get("exact") or str(identity.get("device")).startswith("cpu")
-
-
 def _powers(result: Checkpoint) -> dict[str, int]:
     """By module, the power of two that the run says it scaled the rows by, or minus that of the columns."""
     path = result.root / CALIBRATION
@@ -259,6 +250,7 @@ def _quantize_again(
     role: str,
     selection: Selection,
     scheme: Scheme,
+    options: Mapping[str, Any],
     powers: dict[str, int],
     reaches: dict[str, tuple[float, float]],
 ) -> tuple[str | None, bool]:
@@ -286,19 +278,21 @@ def _quantize_again(
             transpose(flat, data, columns, rows, width)
         top = 0
         for module, height, _ in stacked:
-            part = data[top * columns * width : (top + height) * columns * width]
+            part = memoryview(data)[top * columns * width : (top + height) * columns * width]
             top += height
             stored = _stored(result, module, scheme, tensor.dtype)
-            made = scheme.requantize(part, tensor.dtype, height, columns, stored, powers.get(module, 0))
+            power = powers.get(module, 0)
+            made = scheme.requantize(part, tensor.dtype, height, columns, stored, power, options)
             if made.reach is not None:
                 reaches[module] = made.reach
             if made.unusable is not None:
                 return f"{module}.{made.unusable}", True
             for suffix, expected in made.tensors.items():
-                if suffix not in stored or (there := stored[suffix][1]) == expected:
+                if suffix not in stored or stored[suffix][1] == expected:
                     continue
                 wrong = wrong or f"{module}.{suffix}"
-                if _far(expected, there, FP8 if suffix == "weight" else tensor.dtype):
+                kind, there = stored[suffix]
+                if _far(expected, there, FP8 if suffix == "weight" else kind):
                     return f"{module}.{suffix}", True
     return wrong, False
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint
 from pipeline.formats.base import FP8
-from pipeline.formats.methods import quantization_section
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import Selection, expert_modules, is_linear_shaped
 from pipeline.verify.report import Report
@@ -93,11 +92,10 @@ def aliases(module: str) -> Iterator[str]:
 def _check_renamed(result: Checkpoint, ignore: IgnoreList, linears: dict[str, str], report: Report) -> None:
     """Regular expressions that cover Qwen's vision tower under the checkpoint's name alone.
 
-    vLLM calls it ``visual`` also where the checkpoint says ``model.visual``. It translates literal entries of
-    compressed-tensors' list, and ModelOpt's patterns, but no regular expressions.
+    vLLM calls it ``visual`` also where the checkpoint says ``model.visual``. It translates names and globs of the list,
+    but no regular expressions.
     """
-    method = (quantization_section(result) or {}).get("quant_method")
-    if method != "compressed-tensors" or not str(result.config.get("model_type")).startswith("qwen"):
+    if ignore.globs or not str(result.config.get("model_type")).startswith("qwen"):
         return
     for name, dtype in linears.items():
         alias = name.removeprefix("model.")
