@@ -45,7 +45,7 @@ def main() -> None:
     quantize RECIPE [KEY=VALUE ...]        convert, verify, publish; with --smoke a test of it in a minute
     quantize plan RECIPE [KEY=VALUE ...]   what would happen, without reading a tensor
     quantize verify CHECKPOINT             is it whole, and what will vLLM make of it
-    quantize batch RECIPE|DIR|MANIFEST ... many conversions unattended, and a report in the morning
+    quantize batch RECIPE|DIR|MANIFEST ... many conversions unattended, and a report at the end
     quantize doctor [RECIPE]               is this machine fit for it
 
     KEY is a dotted key of the recipe, for instance output=/nvme/out or model.source=/models/x.
@@ -61,7 +61,7 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @OVERRIDES
 @click.option("--fresh", is_flag=True, help="Start over: throw away a stopped run, replace an earlier result.")
 @click.option(
-    "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then a forecast of the run."
+    "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then an estimate of the run."
 )
 @click.option("--keep", is_flag=True, help="With --smoke: leave the truncated source and result to look at.")
 def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bool, keep: bool) -> None:
@@ -272,7 +272,7 @@ def schema() -> None:
 
 
 def _guarded(call: Any, interrupted: str = KEPT) -> Any:
-    """Run a command's work; what the user can mend becomes text and an exit status, never a traceback.
+    """Run a command's work; what the user can fix becomes text and an exit status, never a traceback.
 
     SIGTERM and SIGHUP end it as Ctrl-C does, so that whatever cleans up behind itself can.
     """

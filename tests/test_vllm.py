@@ -175,8 +175,8 @@ for _made in SCHEMES:
             _made, ignoring("re:.*visual.*" if _ct else "*visual*"), "lm_head: BF16, but the config",
             "lm_head: BF16, but the config", None if _ct else "lm_head.weight: BF16 weights that vLLM casts to FP8"),
         f"{_made}: a vision tensor cast to FP8": (
-            _made, cast_vision, f"{V0}.weight: it became F8_E4M3", "FP8 codes without a weight_scale",
-            "FP8 codes that vLLM takes for bfloat16 weights"),
+            _made, cast_vision, f"{V0}.weight: it became F8_E4M3", "FP8 values without a weight_scale",
+            "FP8 values that vLLM takes for bfloat16 weights"),
         f"{_made}: an extra tensor": (
             _made, extra, "extra_proj.weight: the source has nothing that it could come from", "recorded hashes for 0",
             "extra_proj"),
@@ -184,7 +184,7 @@ for _made in SCHEMES:
             _made, rename_layer, f"{L1}.mlp.down_proj.weight: the source has it", NOT_WRITTEN, "1.ffn"),
         f"{_made}: a wrong shape": (
             _made, reshape(f"{L0}.mlp.down_proj.weight", [512, 192]), f"{L0}.mlp.down_proj.weight: F8_E4M3 [512, 192]",
-            None if not _ct else "one scale a row", "vLLM cannot load it"),
+            None if not _ct else "one scale per row", "vLLM cannot load it"),
         f"{_made}: no KV scheme in the config": (
             _made, lambda o: section(o, kv_cache_scheme=None), "the config has no kv_cache_scheme",
             "the config has no kv_cache_scheme", None),
@@ -200,14 +200,14 @@ for _made in SCHEMES:
     }  # fmt: skip
 DAMAGE |= {
     "input_scale missing": (
-        "modelopt", drop(f"{A0}.o_proj.input_scale"), "FP8 codes without an input_scale",
-        "FP8 codes without an input_scale", "o_proj.input_scale: nothing in the checkpoint fills this parameter"),
+        "modelopt", drop(f"{A0}.o_proj.input_scale"), "FP8 values without an input_scale",
+        "FP8 values without an input_scale", "o_proj.input_scale: nothing in the checkpoint fills this parameter"),
     "weight_scale missing": (
-        "llmcompressor", drop(f"{A0}.o_proj.weight_scale"), "FP8 codes without a weight_scale",
-        "FP8 codes without a weight_scale", "o_proj.weight_scale: nothing in the checkpoint fills this parameter"),
+        "llmcompressor", drop(f"{A0}.o_proj.weight_scale"), "FP8 values without a weight_scale",
+        "FP8 values without a weight_scale", "o_proj.weight_scale: nothing in the checkpoint fills this parameter"),
     "part of a fused scale missing": (
-        "llmcompressor", drop(f"{A0}.q_proj.weight_scale"), "FP8 codes without a weight_scale",
-        "FP8 codes without a weight_scale", "qkv_proj.weight_scale: the checkpoint fills"),
+        "llmcompressor", drop(f"{A0}.q_proj.weight_scale"), "FP8 values without a weight_scale",
+        "FP8 values without a weight_scale", "qkv_proj.weight_scale: the checkpoint fills"),
     "ignore: visual": (
         "llmcompressor", ignoring("lm_head", "visual"), "'visual' matches nothing", "'visual' matches nothing",
         "weights that vLLM casts to FP8"),

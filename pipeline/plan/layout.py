@@ -35,7 +35,7 @@ class Piece:
     """A contiguous range of the source and what becomes of it.
 
     ``kind`` copy: the result is the range. ``kind`` quantize: the range is a ``rows x columns`` array of `dtype`
-    (``columns x rows`` if `transposed`), the result is its scales, then its codes.
+    (``columns x rows`` if `transposed`), the result is its scales, then its FP8 values.
     """
 
     unit: int
@@ -311,12 +311,12 @@ def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piec
 def _quantized_writes(
     modules: list[tuple[int, Any]], outputs: dict[str, OutputTensor], first: int, count: int, columns: int, width: int
 ) -> Iterator[Write]:
-    """Where rows ``first .. first + count`` of stacked modules go: a piece's result is its scales, then its codes."""
+    """Where rows ``first .. first + count`` of stacked modules go; a piece's result is its scales, then FP8 values."""
     top = 0
-    for rows, (codes_spec, scales_spec) in modules:
+    for rows, (values_spec, scales_spec) in modules:
         begin, end = max(first, top), min(first + count, top + rows)
         if begin < end:
-            codes, scales = outputs[codes_spec[0]], outputs[scales_spec[0]]
+            values, scales = outputs[values_spec[0]], outputs[scales_spec[0]]
             yield Write(
                 (begin - first) * width,
                 (end - begin) * width,
@@ -327,9 +327,9 @@ def _quantized_writes(
             yield Write(
                 count * width + (begin - first) * columns,
                 (end - begin) * columns,
-                codes.shard,
-                codes.offset + (begin - top) * columns,
-                codes.name,
+                values.shard,
+                values.offset + (begin - top) * columns,
+                values.name,
             )
         top += rows
 

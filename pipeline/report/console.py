@@ -75,7 +75,7 @@ class Console:
         self.say(f"layers run on {found.device.why}; {found.place_why}")
 
     def show_plan_table(self, plan: Plan) -> None:
-        """What `quantize plan` prints: parts, shards, what is carried."""
+        """What `quantize plan` prints: parts, shards, what is copied."""
         from rich.table import Table
 
         self.show_plan(plan)
@@ -99,9 +99,9 @@ class Console:
         for shard, count in zip(plan.shards, counted, strict=True):
             shards.add_row(shard.name, str(count), size_text(shard.size))
         self.rich.print(shards)
-        carried = [name for name in plan.checkpoint.sidecars if name != "config.json"]
+        copied = [name for name in plan.checkpoint.sidecars if name != "config.json"]
         self.say("config.json: the source's, with a quantization_config")
-        self.say(f"carried byte for byte: {', '.join(carried) or 'nothing'}")
+        self.say(f"copied byte for byte: {', '.join(copied) or 'nothing'}")
         for name, reason in plan.checkpoint.left_behind:
             self.say(f"left behind: {name} ({reason})")
 
@@ -221,7 +221,7 @@ class Console:
         self.rich.print(table)
 
     def show_calibrated(self, seen: Totals, findings: tuple[str, ...]) -> None:
-        """Reads and forwards, counted; and what the ranges say."""
+        """Reads and forwards, counted; and what the observed amax says."""
         if seen.reads:
             most = max(seen.reads.values())
             times = "once" if most == 1 else f"at most {most} times"

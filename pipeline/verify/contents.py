@@ -77,7 +77,7 @@ def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | Non
 
 
 def check_numbers(result: Checkpoint, report: Report) -> str:
-    """No NaN among FP8 codes (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
+    """No NaN among FP8 values (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
     import numpy
 
     masks = {dtype: ({"H": "<u2", "I": "<u4"}[code], infinity) for dtype, (code, infinity) in FORMATS.items()}
@@ -167,7 +167,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
         report.add("contents-not-compared", "", text)
     if powers:
         report.checked.append(
-            f"{len(powers)} modules were balanced: the source times a power of two, against each other"
+            f"{len(powers)} modules were equalized: the source times a power of two, against each other"
         )
     bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
     quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
@@ -216,7 +216,7 @@ def _distance(source: Checkpoint, tensor: Tensor, result: Checkpoint) -> float |
 
 
 def _made_here(result: Checkpoint) -> bool:
-    """Whether a run of ours made this, with bits that a CPU gives again.
+    """Whether a run of this tool made this, with bits that a CPU gives again.
 
     ModelOpt's own F32 scales do not: a BF16 weight is divided by them in F32 on a GPU, in BF16 on a CPU.
     """

@@ -55,7 +55,7 @@ def default_place() -> Path:
 
 
 def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server | None:
-    """The vLLM to prove results in.
+    """The vLLM to validate results in.
 
     Looked for in this order: `asked`, the environment variable, the default place, this very environment, and the one
     whose ``vllm`` command is on the PATH. Nothing of it is imported.
@@ -113,7 +113,7 @@ def _beside(command: str) -> Server | None:
     if broken is not None:
         raise UsageError(
             f"{command}, the vllm command on the PATH, is broken: its Python {broken}",
-            remedy=f"mend it, take it off the PATH, or name another in runtime.vllm_python or {VARIABLE}",
+            remedy=f"fix it, take it off the PATH, or name another in runtime.vllm_python or {VARIABLE}",
         )
     return None
 

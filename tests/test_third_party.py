@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.verify.verify import verify
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.verify.structure import check_structure
+from pipeline.verify.verify import verify
 from pipeline.vllm_env.worker import VllmWorker
 from tests.damage import both, drop, edit_config, put, rewrite, section
 
@@ -78,7 +78,7 @@ def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """The demo's model, and what others make of it, each in one shard with an index."""
     from safetensors.torch import load_file, save_file
 
-    root = tmp_path_factory.mktemp("strangers")
+    root = tmp_path_factory.mktemp("third party")
     source = demo_model
     tensors = {name: t for shard in source.glob("*.safetensors") for name, t in load_file(shard).items()}
     save_file(tensors, root / "source.safetensors")
