@@ -45,7 +45,7 @@ def main() -> None:
     quantize RECIPE [KEY=VALUE ...]        convert, verify, publish; with --smoke a test of it in a minute
     quantize plan RECIPE [KEY=VALUE ...]   what would happen, without reading a tensor
     quantize verify CHECKPOINT             is it whole, and what will vLLM make of it
-    quantize batch RECIPE|DIR|MANIFEST ... many conversions unattended, and a report in the morning
+    quantize batch RECIPE|DIR|MANIFEST ... many conversions unattended, and a report at the end
     quantize doctor [RECIPE]               is this machine fit for it
 
     KEY is a dotted key of the recipe, for instance output=/nvme/out or model.source=/models/x.
@@ -94,7 +94,7 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
 @OVERRIDES
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON: every tensor, every place.")
 def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show every tensor's fate, the output's shards and the memory needed, from headers alone."""
+    """Show every tensor's action, the output's shards and the memory needed, from headers alone."""
     from pipeline.checkpoint import hub
     from pipeline.plan import plan as plans
     from pipeline.recipe import recipe as recipes
@@ -275,7 +275,7 @@ def schema() -> None:
 
 
 def _guarded(call: Any, interrupted: str = KEPT) -> Any:
-    """Run a command's work; what the user can mend becomes text and an exit status, never a traceback.
+    """Run a command's work; what the user can fix becomes text and an exit status, never a traceback.
 
     SIGTERM and SIGHUP end it as Ctrl-C does, so that whatever cleans up behind itself can.
     """

@@ -149,7 +149,7 @@ def is_device_fault(error: BaseException) -> bool:
 
 
 def from_os_error(error: OSError, doing: str) -> PipelineError:
-    """What the system raised, as one of ours: what failed, where, and what to do about it.
+    """What the system raised, as a PipelineError: what failed, where, and what to do about it.
 
     Args:
         error: as the system raised it.
@@ -183,7 +183,7 @@ T = TypeVar("T")
 
 
 def attempt(doing: str, call: Callable[[], T]) -> T:
-    """Do a part of a run; what the system raises becomes one of ours.
+    """Do a part of a run; what the system raises becomes a PipelineError.
 
     Args:
         doing: what is under way, for the message, e.g. ``"writing /nvme/out.partial"``.

@@ -87,7 +87,7 @@ def layer_timings(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def chrome_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The record in Chrome's trace event format, which Perfetto (ui.perfetto.dev) opens.
 
-    Complete events ("ph": "X") with microseconds; a row a stage and thread. Format: "Trace Event Format",
+    Complete events ("ph": "X") with microseconds; a row per stage and thread. Format: "Trace Event Format",
     https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
     """
     rows: dict[tuple[str, str], int] = {}

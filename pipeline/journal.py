@@ -77,7 +77,7 @@ class Journal:
         Raises:
             Busy: another process holds the lock.
             OtherRun: its journal belongs to another run; the text names the fields that differ.
-            UsageError: the directory is not ours.
+            UsageError: the directory is not this tool's.
         """
         _refuse_strangers(partial)
         (partial / "quantize").mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class Journal:
 
 
 def read_identity(directory: Path) -> dict[str, Any] | None:
-    """The identity of the run that made, or is making, this directory; None if no run of ours did."""
+    """The identity of the run that made, or is making, this directory; None if no run of this tool did."""
     try:
         with (directory / JOURNAL).open(encoding="utf-8") as file:
             entry = json.loads(file.readline())
@@ -192,7 +192,7 @@ def _lock(partial: Path) -> int:
 
 
 def discard(directory: Path) -> None:
-    """Remove a directory of ours; its journal first, so that no part of it is ever taken for finished work."""
+    """Remove a directory of this tool; its journal first, so that no part of it is ever taken for finished work."""
     (directory / JOURNAL).unlink(missing_ok=True)
     sync_directory(directory / "quantize")
     shutil.rmtree(directory)
@@ -212,15 +212,16 @@ def _empty(partial: Path) -> None:
 
 
 def _refuse_strangers(partial: Path) -> None:
-    """Before anything is touched: a directory of this name that no run of ours made."""
+    """Before anything is touched: a directory of this name that no run of this tool made."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise UsageError(f"{partial}: it is a link or a file, not a directory of ours", remedy="move it away")
+        raise UsageError(f"{partial}: it is a link or a file, not a directory of this tool", remedy="move it away")
     if not partial.exists() or (partial / LOCK).exists() or (partial / JOURNAL).exists():
         return
     strange = sorted(path.name for path in partial.iterdir() if path.name != "quantize" or any(path.iterdir()))
     if strange:
         raise UsageError(
-            f"{partial}: it holds {strange[0]}, but no journal of ours", remedy="move it away, or choose another output"
+            f"{partial}: it holds {strange[0]}, but no journal of this tool",
+            remedy="move it away, or choose another output",
         )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline.vllm_env import environment as servers
-from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 from tests.warm import Warm
 
@@ -287,7 +287,7 @@ def recipe_of(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Server:
+def server() -> VllmEnvironment:
     """The vllm environment of this checkout. A test that needs it is skipped without it, but for scripts/test.sh."""
     found = servers.find(None)
     if found is None:
@@ -298,7 +298,7 @@ def server() -> Server:
 
 
 @pytest.fixture(scope="session")
-def session(server: Server) -> Iterator[VllmWorker]:
+def session(server: VllmEnvironment) -> Iterator[VllmWorker]:
     """One process of vLLM for all tests that verify; its imports take seconds."""
     with VllmWorker(server) as running:
         yield running
@@ -317,7 +317,7 @@ def quantize_here(
     class Running:
         """As a `VllmWorker` that is started, and ends, with a run."""
 
-        def __init__(self, server: Server) -> None:
+        def __init__(self, server: VllmEnvironment) -> None:
             assert server == session.server
 
         def __enter__(self) -> VllmWorker:

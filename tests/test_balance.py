@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8, balance
+from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8
 from pipeline.calibration.batches import make_batches
 from tests.conftest import all_tensors, damaged, value
 from tests.layers import SEQUENCES, build
@@ -76,7 +76,7 @@ def test_no_output_changes_by_a_bit(name: str, small_model: Callable[[str], Path
     done: list[Any] = []
 
     def change(layer: Any, probe: Callable[[], Any]) -> None:
-        found, notes = balance(layer, probe)
+        found, notes = equalize(layer, probe)
         assert notes == []
         done.extend(found)
 
@@ -103,7 +103,7 @@ def test_experts_are_left_alone(small_model: Callable[[str], Path]) -> None:
         for block in layer.experts:
             half = block.module.gate_up_proj.shape[1] // 2
             block.module.gate_up_proj.data[2, half:] *= 2.0**-6
-        assert [entry for entry in balance(layer, probe)[0] if ".experts." in entry[0]] == []
+        assert [entry for entry in equalize(layer, probe)[0] if ".experts." in entry[0]] == []
 
     run_layers(small_model("qwen3_moe"), look)
 
@@ -117,10 +117,10 @@ def test_what_changes_an_output_is_undone(small_model: Callable[[str], Path]) ->
         values.weight.data *= 2.0**-10
         before = {name: module.weight.detach().clone() for name, module in layer.linears.items()}
         hook = values.register_forward_hook(lambda _m, _a, out: out.clamp(-1e-4, 1e-4))
-        done, notes = balance(layer, probe)
+        done, notes = equalize(layer, probe)
         hook.remove()
         assert [entry for entry in done if entry[0].endswith("v_proj")] == []
-        assert len(notes) == 1 and "balancing them changed an output, so it was undone" in notes[0]
+        assert len(notes) == 1 and "equalizing them changed an output, so it was undone" in notes[0]
         assert all(torch.equal(module.weight, before[name]) for name, module in layer.linears.items())
 
     run_layers(small_model("llama"), look)
@@ -135,7 +135,7 @@ def test_parts_that_are_not_known_are_in_the_way(part: str, small_model: Callabl
         for name, module in layer.linears.items():
             if name.endswith("v_proj"):
                 module.weight.data *= 2.0**-10
-        assert balance(layer, probe)[0] == []
+        assert equalize(layer, probe)[0] == []
 
     run_layers(small_model("llama"), look)
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_balanced_is_said(small_model: Callable[[str], Path]) -> 
         for name, module in layer.linears.items():
             if name.endswith("k_proj"):
                 module.weight.data *= 2.0**8
-        done, found = balance(layer, probe)
+        done, found = equalize(layer, probe)
         assert not [entry for entry in done if entry[0].endswith("q_proj")]
         notes.extend(found)
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_balanced_is_said(small_model: Callable[[str], Path]) -> 
 
 def test_models_in_order_are_left_alone(small_model: Callable[[str], Path]) -> None:
     def look(layer: Any, probe: Callable[[], Any]) -> None:
-        assert balance(layer, probe) == ([], [])
+        assert equalize(layer, probe) == ([], [])
 
     run_layers(small_model("qwen2_5_vl"), look)
 

@@ -118,7 +118,7 @@ def made(name: str, status: str = "published", **changes: Any) -> dict[str, Any]
     if status != "published":
         job |= {"output_bytes": None, "peak_rss_bytes": None, "seconds": None, "verdict": None}
     if status in ("failed", "refused", "left"):
-        job |= {"class": "failed", "reason": f"{name} broke", "remedy": "Mend it."}
+        job |= {"class": "failed", "reason": f"{name} broke", "remedy": "Fix it."}
         job |= {"last_lines": [f"the end of {name}"], "resume": f"quantize run recipes/{name}.yaml output=/o/{name}"}
     assert set(changes) <= set(job)
     return job | changes
@@ -196,7 +196,7 @@ def test_a_failure_says_what_happened_what_to_do_and_how_to_resume() -> None:
     failed = " ".join(page.sections["failed"].split())
     assert "broken failed: the source is missing or damaged" in failed
     assert "unread refused: the recipe is wrong" in failed and "none: it was never started" in failed
-    assert "What happened broken broke What to do Mend it. Resume with" in failed
+    assert "What happened broken broke What to do Fix it. Resume with" in failed
     assert "Verification K is 1.0" in failed
     assert "Tue 22:01 CEST, 22 min: the source is missing or damaged (exit status 1)" in failed
     assert page.logs == ["the end of broken", "the end of wrong", "the end of unread"]

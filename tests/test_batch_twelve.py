@@ -124,8 +124,8 @@ def test_a_cluster_is_left_in_order(tmp_path: Path, captions: Path, small_model:
     with Cluster(tmp_path / "cluster", workers=1) as cluster:
         wrong = tmp_path / "wrong"
         wrong.write_text("0" * 64)
-        stranger = run.start("--ray", cluster.address, env={**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong)})
-        assert stranger.wait(120) == 1
+        unknown = run.start("--ray", cluster.address, env={**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+        assert unknown.wait(120) == 1
         assert "no Ray cluster answers" in run.said() and "Traceback" not in run.said()
         process = run.start("--ray", cluster.address, env=cluster.environment)
         batch_runs.kill_once(run, "killed", lambda pid: os.kill(process.pid, signal.SIGTERM))

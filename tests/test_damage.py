@@ -233,7 +233,7 @@ def test_partial_that_is_not_ours(quantize: Any, write_recipe: Any, tmp_path: Pa
     source = make_plain_checkpoint(tmp_path / "source")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes.txt").write_text("mine")
-    assert_one_clear_line(quantize(write_recipe(source)), 2, "notes.txt", "no journal of ours")
+    assert_one_clear_line(quantize(write_recipe(source)), 2, "notes.txt", "no journal of this tool")
 
 
 def test_a_recipe_of_ten_megabytes(quantize: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.peer
 # ModelOpt's own way: the whole model, its default FP8 rules with the KV rule before those that switch the vision off.
 IN_MEMORY = """
 import copy, os, sys
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # on a GPU it chooses kernels, as it does in a run of ours
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # on a GPU it chooses kernels, as it does in a run of this tool
 import torch, transformers
 import modelopt.torch.quantization as mtq
 from modelopt.torch.export import export_hf_checkpoint

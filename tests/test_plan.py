@@ -1,4 +1,4 @@
-"""The plan: fates, layout, refusals; from headers alone and without heavy imports."""
+"""The plan: actions, layout, refusals; from headers alone and without heavy imports."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_json_tells_every_tensors_fate(tmp_path: Path, quantize: Any, write_reci
     done = quantize("plan", write_recipe(source), "--json", "ignore=['re:.*o_proj', model.layers.1.mlp.down_proj]")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    fates = {tensor["name"]: (tensor["fate"], tensor["reason"]) for tensor in told["tensors"]}
-    assert len(fates) == 21
-    assert fates["model.layers.0.self_attn.q_proj.weight"][0] == "quantize"
-    assert fates["model.layers.0.self_attn.o_proj.weight"] == ("copy", "the recipe's ignore")
-    assert fates["model.layers.1.mlp.down_proj.weight"] == ("copy", "the recipe's ignore")
-    assert fates["model.embed_tokens.weight"] == ("copy", "embedding")
-    assert fates["model.norm.weight"] == ("copy", "norm or bias")
-    assert fates["lm_head.weight"][0] == "drop" and "tied" in fates["lm_head.weight"][1]
+    actions = {tensor["name"]: (tensor["fate"], tensor["reason"]) for tensor in told["tensors"]}
+    assert len(actions) == 21
+    assert actions["model.layers.0.self_attn.q_proj.weight"][0] == "quantize"
+    assert actions["model.layers.0.self_attn.o_proj.weight"] == ("copy", "the recipe's ignore")
+    assert actions["model.layers.1.mlp.down_proj.weight"] == ("copy", "the recipe's ignore")
+    assert actions["model.embed_tokens.weight"] == ("copy", "embedding")
+    assert actions["model.norm.weight"] == ("copy", "norm or bias")
+    assert actions["lm_head.weight"][0] == "drop" and "tied" in actions["lm_head.weight"][1]
     assert told["output"]["bytes"] == sum(shard["bytes"] for shard in told["output"]["shards"])
     assert not (tmp_path / "out.partial").exists()
 
@@ -134,7 +134,7 @@ def test_ignores_that_cannot_be_meant(ignore: str, words: tuple, tmp_path: Path,
 
 def test_ignores_that_change_nothing_are_no_mistake(tmp_path: Path) -> None:
     made = make(make_plain_checkpoint(tmp_path / "s"), "ignore=[lm_head, 're:.*norm']")
-    assert sum(fate.fate == "quantize" for fate in made.fates.values()) == 14
+    assert sum(action.action == "quantize" for action in made.actions.values()) == 14
 
 
 def test_an_ignore_of_some_experts_is_refused_and_of_all_is_not(small_model: Any) -> None:

@@ -168,7 +168,7 @@ json.dump(told, open(sys.argv[1], "w"))
 
 
 @pytest.mark.vllm
-def test_vllm_counts_the_same_cache(tmp_path: Path, server: servers.Server) -> None:
+def test_vllm_counts_the_same_cache(tmp_path: Path, server: servers.VllmEnvironment) -> None:
     for name, config in SHAPES.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))

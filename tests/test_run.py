@@ -424,7 +424,7 @@ def test_the_source_may_not_be_the_place_of_work(tmp_path: Path, quantize: Any, 
 
 
 @pytest.mark.parametrize("options", [(), ("--fresh",)])
-def test_a_strangers_partial_is_left_alone(options: tuple, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+def test_a_third_partys_partial_is_left_alone(options: tuple, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("mine")

@@ -18,7 +18,7 @@ from pipeline.batch.estimate import rule
 from pipeline import convert
 from pipeline.backends import registry
 from pipeline.backends.attention import AttentionObserver, scale_tensors
-from pipeline.backends.base import Ranges
+from pipeline.backends.base import Observed
 from pipeline.backends.fp8 import NonFiniteWeight
 from pipeline.checkpoint.result import VERSIONS
 from pipeline.checkpoint.source import open_checkpoint
@@ -270,11 +270,11 @@ class PerTensor(Toy):
     def prepare(self, skeleton: Any, selection: Selection) -> None:
         self.observer.install(skeleton.model)
 
-    def calibrate(self, layer: Any, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
+    def calibrate(self, layer: Any, forward: Callable[[], None], probe: Callable[[], Any]) -> Observed:
         forward()
-        return Ranges(attention=self.observer.take(layer.module))
+        return Observed(attention=self.observer.take(layer.module))
 
-    def finish(self, layer: Any, ranges: Ranges) -> dict[str, Any]:
+    def finish(self, layer: Any, ranges: Observed) -> dict[str, Any]:
         made = {}
         for name, module in layer.linears.items():
             made[f"{name}.weight"], made[f"{name}.weight_scale"] = quantize_whole(module.weight.detach())

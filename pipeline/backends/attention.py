@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.backends.base import Ranges, cache_scales
+from pipeline.backends.base import Observed, cache_scales
 from pipeline.formats.base import ScaleNames
 from pipeline.formats.kv_scales import PROB_SCALE
 
@@ -48,12 +48,12 @@ class AttentionObserver:
         return found
 
 
-def scale_tensors(attention: str, ranges: Ranges, names: ScaleNames) -> dict[str, Any]:
+def scale_tensors(attention: str, observed: Observed, names: ScaleNames) -> dict[str, Any]:
     """The KV scales of an attention layer as torch tensors, by output tensor name.
 
     Args:
         attention: the prefix of its tensor names.
-        ranges: with the amax of keys, values and queries.
+        observed: with the amax of keys, values and queries.
         names: which scales there are, their names, shape and dtype (BF16).
 
     Raises:
@@ -61,7 +61,7 @@ def scale_tensors(attention: str, ranges: Ranges, names: ScaleNames) -> dict[str
     """
     import torch
 
-    scales = {**cache_scales(attention, ranges), "prob": PROB_SCALE}
+    scales = {**cache_scales(attention, observed), "prob": PROB_SCALE}
     return {
         f"{attention}.{name}": torch.full(names.shape, scales[key], dtype=torch.bfloat16)
         for key, name in names.names.items()

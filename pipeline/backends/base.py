@@ -83,7 +83,7 @@ class CalibratedBackend(Backend, Protocol):
     def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
         """Put observers into a model without weights."""
 
-    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
+    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Observed:
         """Collect the amax of a loaded layer.
 
         Args:
@@ -92,7 +92,7 @@ class CalibratedBackend(Backend, Protocol):
             probe: runs one batch and returns what the layer makes of it, leaving the hidden states as they are.
         """
 
-    def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
+    def finish(self, layer: Layer, observed: Observed) -> dict[str, Any]:
         """What the layer becomes.
 
         Returns:
@@ -104,7 +104,7 @@ class CalibratedBackend(Backend, Protocol):
 
 
 @dataclass
-class Ranges:
+class Observed:
     """What was seen of one layer, for the report.
 
     Attributes:
@@ -130,26 +130,26 @@ class Ranges:
 
 
 class CalibrationError(PipelineError):
-    """A layer's ranges give no usable scale."""
+    """What was observed of a layer gives no usable scale."""
 
 
-def cache_scales(attention: str, ranges: Ranges) -> dict[str, float]:
+def cache_scales(attention: str, observed: Observed) -> dict[str, float]:
     """The scales of keys, values and queries of an attention layer, under ``k``, ``v`` and ``q``.
 
     What is zero throughout has any scale; it gets 1.0, and a note.
 
     Raises:
-        CalibrationError: a range is missing or not finite.
+        CalibrationError: an amax is missing or not finite.
     """
     scales = {}
     for key, word in (("k", "keys"), ("v", "values"), ("q", "queries")):
-        amax = ranges.attention.get(key, math.nan)
+        amax = observed.attention.get(key, math.nan)
         if not math.isfinite(amax):
             raise CalibrationError(
                 f"{attention}: the {word} reach {amax}, which gives no scale for the KV cache",
                 remedy="is the checkpoint damaged? Set kv_cache: none to leave it in BF16",
             )
         if amax == 0:
-            ranges.notes.append(f"{attention}: the {word} are zero throughout; their scale is 1.0")
+            observed.notes.append(f"{attention}: the {word} are zero throughout; their scale is 1.0")
         scales[key] = cache_scale(amax) if amax else 1.0
     return scales

@@ -43,14 +43,14 @@ def row_quantizer(dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], No
         dtype: ``BF16``, ``F16`` or ``F32``.
 
     Returns:
-        ``f(source, codes, scales, rows, columns)``: reads ``rows x columns`` values, writes as many E4M3 codes
-        and one scale a row in `dtype`. Raises `NonFiniteWeight`.
+        ``f(source, values, scales, rows, columns)``: reads ``rows x columns`` values, writes as many E4M3 values
+        and one scale per row in `dtype`. Raises `NonFiniteWeight`.
     """
     compiled = kernel()
     if dtype == "BF16" and compiled is not None:
 
-        def quantize(source: Buffer, codes: Buffer, scales: Buffer, rows: int, columns: int) -> None:
-            bad = compiled.quantize_rows(source, codes, scales, rows, columns)
+        def quantize(source: Buffer, values: Buffer, scales: Buffer, rows: int, columns: int) -> None:
+            bad = compiled.quantize_rows(source, values, scales, rows, columns)
             if bad >= 0:
                 raise NonFiniteWeight(bad)
 
@@ -67,7 +67,7 @@ def _library_quantizer(dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int
     arguments, kind = FP8_DYNAMIC["weights"], _torch_dtype(dtype)
 
     @torch.no_grad()
-    def quantize(source: Buffer, codes: Buffer, scales: Buffer, rows: int, columns: int) -> None:
+    def quantize(source: Buffer, values: Buffer, scales: Buffer, rows: int, columns: int) -> None:
         weight = torch.frombuffer(source, dtype=kind).view(rows, columns)
         lowest, highest = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
         finite = (lowest.isfinite() & highest.isfinite()).flatten()
@@ -75,7 +75,7 @@ def _library_quantizer(dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int
             raise NonFiniteWeight(int((~finite).nonzero()[0]))
         scale, zero_point = calculate_qparams(lowest, highest, arguments)
         code = ct_quantize(weight, scale, zero_point, arguments, dtype=torch.float8_e4m3fn)
-        torch.frombuffer(codes, dtype=torch.uint8).copy_(code.view(torch.uint8).flatten())
+        torch.frombuffer(values, dtype=torch.uint8).copy_(code.view(torch.uint8).flatten())
         torch.frombuffer(scales, dtype=kind).copy_(scale.flatten())
 
     return quantize

@@ -1,4 +1,4 @@
-"""llm-compressor's FP8_DYNAMIC: E4M3 weights with a scale a row; activations are scaled per token while serving.
+"""llm-compressor's FP8_DYNAMIC: E4M3 weights with per-channel scales; activations are scaled per token while serving.
 
 The bits, names and the config section are those of llm-compressor 0.13.0's ``oneshot`` and
 ``save_pretrained`` (tests/test_equal_llmcompressor.py compares them). With KV scales the weights are the same; the
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.attention import AttentionObserver, scale_tensors
-from pipeline.backends.base import Ranges
+from pipeline.backends.base import Observed
 from pipeline.backends.fp8 import Buffer, row_quantizer
 from pipeline.checkpoint.source import DTYPE_BYTES
 from pipeline.formats.base import Output, Requantized
@@ -138,14 +138,14 @@ class FP8DynamicKV(FP8Dynamic):
         """Observe keys, values and queries of every attention."""
         self._observer.install(skeleton.model)
 
-    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
+    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Observed:
         """The running amax over all batches."""
         forward()
-        return Ranges(attention=self._observer.take(layer.module))
+        return Observed(attention=self._observer.take(layer.module))
 
-    def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
+    def finish(self, layer: Layer, observed: Observed) -> dict[str, Any]:
         """The KV scales alone: weights need no data."""
-        return {} if layer.attention is None else scale_tensors(layer.attention, ranges, COMPRESSED_NAMES)
+        return {} if layer.attention is None else scale_tensors(layer.attention, observed, COMPRESSED_NAMES)
 
 
 def _patterns(selection: Selection) -> list[str]:

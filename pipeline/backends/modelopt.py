@@ -1,10 +1,10 @@
-"""ModelOpt's FP8: static W8A8 with one scale a tensor, calibrated; KV scales by its bmm quantizers.
+"""ModelOpt's FP8: static W8A8 with per-tensor scales, calibrated; KV scales by its bmm quantizers.
 
 Exact mode gives the bits, names and configs of ``mtq.quantize`` and ``export_hf_checkpoint`` of ModelOpt 0.47.0
 (tests/test_equal_modelopt.py compares them). The default is made for serving with the same quantizers and the same
 cast: what vLLM fuses into one GEMM shares one ``weight_scale``, so that it is never rounded a second time; parts
-that differ much in size are first balanced by exact powers of two; weight scales are BF16 numbers, rounded up, so
-that the codes are the same on every device; KV scales are BF16 and come with q and prob.
+that differ much in size are first equalized by exact powers of two; weight scales are BF16 numbers, rounded up, so
+that the FP8 values are the same on every device; KV scales are BF16 and come with q and prob.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.attention import scale_tensors
-from pipeline.backends.base import CalibrationError, Ranges
+from pipeline.backends.base import CalibrationError, Observed
 from pipeline.backends.fp8 import NonFiniteWeight
 from pipeline.formats.base import Output, Requantized
 from pipeline.formats.kv_scales import E4M3_MAX, MODELOPT_NAMES, MODELOPT_OWN_NAMES, bf16_up, usable
@@ -49,7 +49,7 @@ class ModelOptFP8:
     weights_need_data = True
     tags: tuple[str, ...] = ("modelopt",)
     expert_rule = (
-        "all experts of a layer share the range of what goes in, and each expert's weights give their own, so none is "
+        "all experts of a layer share the amax of their input, and each expert's weights give their own, so none is "
         "without a scale"
     )
     import_seconds = 5.0
@@ -90,7 +90,7 @@ class ModelOptFP8:
             import modelopt.torch.quantization  # noqa: F401
 
     def versions(self, dtypes: set[str]) -> dict[str, str]:
-        """ModelOpt and torch make the codes, transformers the activations."""
+        """ModelOpt and torch make the FP8 values, transformers the activations."""
         return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")}
 
     # --- config ---
@@ -212,16 +212,16 @@ class ModelOptFP8:
                     remedy="put it into ignore, or choose backend: llmcompressor",
                 )
 
-    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Ranges:
+    def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Observed:
         """ModelOpt's max calibration; its weight quantizers see their weight once, not once a batch."""
         import modelopt.torch.quantization as mtq
 
         from pipeline.model.skeleton import quiet
 
-        ranges = Ranges()
+        observed = Observed()
         if self.balance:
             with _without_quantizers(layer.module):
-                ranges.balanced, ranges.notes = balance(layer, probe)
+                observed.balanced, observed.notes = equalize(layer, probe)
         weights = list(_weight_quantizers(layer.module))
 
         def loop(_module: Any) -> None:
@@ -245,26 +245,26 @@ class ModelOptFP8:
             for key in "kvq":
                 quantizer = getattr(layer.attention_module, f"{key}_bmm_quantizer", None)
                 if quantizer is not None and quantizer.is_enabled:
-                    ranges.attention[key] = _amax(quantizer)
-        return ranges
+                    observed.attention[key] = _amax(quantizer)
+        return observed
 
     # --- results ---
 
-    def finish(self, layer: Layer, ranges: Ranges) -> dict[str, Any]:
-        """Codes and scales of every linear layer and expert, the KV scales, and biases that balancing changed."""
+    def finish(self, layer: Layer, observed: Observed) -> dict[str, Any]:
+        """FP8 values and scales of every linear layer and expert, KV scales, and biases that equalization changed."""
         import torch
 
         made: dict[str, Any] = {}
         shared = {} if self.exact else _shared_ranges(layer)
         for name, module in layer.linears.items():
             amax = shared.get(name) or _amax(module.weight_quantizer)
-            self._pack(made, name, module.weight, amax, module.input_quantizer, ranges)
+            self._pack(made, name, module.weight, amax, module.input_quantizer, observed)
         for block in layer.experts:
             for name, weight, quantizer, inputs in _expert_parts(block):
-                self._pack(made, name, weight, _amax(quantizer), inputs, ranges)
+                self._pack(made, name, weight, _amax(quantizer), inputs, observed)
         if layer.attention is not None and self.kv_cache:
-            self._add_cache_scales(made, layer, ranges)
-        for modules, against, exponent in ranges.balanced:
+            self._add_cache_scales(made, layer, observed)
+        for modules, against, exponent in observed.balanced:
             for name, power in ((modules, exponent), (against, -exponent)):
                 if f"{name}.bias" in layer.tensors and not name.endswith(BEHIND):
                     made[f"{name}.bias"] = self._bias(layer, name, power)
@@ -273,13 +273,13 @@ class ModelOptFP8:
 
     @staticmethod
     def _bias(layer: Layer, name: str, power: int) -> Any:
-        """A balanced bias in the source's dtype; in BF16 it is what the layer ran with."""
+        """An equalized bias in the source's dtype; in BF16 it is what the layer ran with."""
         import torch
 
         raw = layer.tensors[f"{name}.bias"]
         return layer.linears[name].bias if raw.dtype == torch.bfloat16 else raw * 2.0**power
 
-    def _pack(self, made: dict[str, Any], name: str, weight: Any, amax: float, inputs: Any, ranges: Ranges) -> None:
+    def _pack(self, made: dict[str, Any], name: str, weight: Any, amax: float, inputs: Any, observed: Observed) -> None:
         import torch
         from modelopt.torch.export.quant_utils import QUANTIZATION_FP8, to_quantized_weight
 
@@ -291,7 +291,7 @@ class ModelOptFP8:
                     remedy="is the checkpoint damaged? To keep this module in BF16 name it in ignore",
                 )
             if value == 0:
-                ranges.notes.append(f"{name}: {word} is zero throughout; its scale is 1.0")
+                observed.notes.append(f"{name}: {word} is zero throughout; its scale is 1.0")
             scales.append(_as_modelopt(value, weight.device) if self.exact else torch.tensor(value / _BOUND or 1.0))
         factor, inward = scales
         if not self.exact:
@@ -302,15 +302,15 @@ class ModelOptFP8:
         made[f"{name}.weight_scale"] = factor
         made[f"{name}.input_scale"] = inward
 
-    def _add_cache_scales(self, made: dict[str, Any], layer: Layer, ranges: Ranges) -> None:
+    def _add_cache_scales(self, made: dict[str, Any], layer: Layer, observed: Observed) -> None:
         assert layer.attention is not None
         if self.exact:
             for key in "kv":
-                if not usable(amax := ranges.attention.get(key, math.nan)):
+                if not usable(amax := observed.attention.get(key, math.nan)):
                     raise CalibrationError(f"{layer.attention}: {key} reaches {amax}, which gives no scale")
                 made[f"{layer.attention}.{key}_proj.{key}_scale"] = _as_modelopt(amax, layer.device)
             return
-        made.update(scale_tensors(layer.attention, ranges, MODELOPT_NAMES))
+        made.update(scale_tensors(layer.attention, observed, MODELOPT_NAMES))
 
 
 _BOUND = E4M3_MAX
@@ -323,7 +323,7 @@ def _amax(quantizer: Any) -> float:
 
 
 def _as_modelopt(amax: float, device: Any) -> Any:
-    """A scale as ModelOpt divides it: in F32 where the range is, which on a GPU may be a bit off the quotient."""
+    """A scale as ModelOpt divides it: in F32 where the amax is, which on a GPU may be a bit off the quotient."""
     import torch
 
     return torch.tensor(amax, dtype=torch.float32, device=device) / _BOUND
@@ -422,20 +422,20 @@ def repeats(identity: Mapping[str, Any]) -> bool:
     return not options.get("exact") or str(identity.get("device")).startswith("cpu")
 
 
-# --- balancing ---------------------------------------------------------------------------------------
+# --- cross-layer equalization ------------------------------------------------------------------------
 
 BEHIND = ("o_proj", "down_proj")  # their biases are added behind the scaling
-# What may stand in an attention or an MLP that is balanced: with anything else between, a scale may not pass through.
+# What may stand in an attention or an MLP that is equalized: with anything else between, a scale may not pass through.
 ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
 MLP_PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 
 
-def balance(layer: Layer, probe: Callable[[], Any]) -> tuple[list[tuple[str, str, int]], list[str]]:
+def equalize(layer: Layer, probe: Callable[[], Any]) -> tuple[list[tuple[str, str, int]], list[str]]:
     """Bring what shares a scale to a like size, by powers of two along directions that change no output.
 
     up against down, v against o, and q against k where no norm stands between them: a row scaled by 2^a meets a
     column scaled by 2^-a, which BF16 does exactly. It is looked at: where the layer's output changes by a bit,
-    everything is undone. Experts are left alone: they share the range of what goes into down, which scaling one
+    everything is undone. Experts are left alone: they share the amax of what goes into down, which scaling one
     expert's up would leave.
 
     Args:
@@ -472,14 +472,14 @@ def balance(layer: Layer, probe: Callable[[], Any]) -> tuple[list[tuple[str, str
             for one, other, exponent in reversed(here):
                 _scale(layer.linears[one], layer.linears[other], -exponent, both=other.endswith("k_proj"))
             notes.append(
-                f"{parent}: its parts differ in size ({listed}); balancing them changed an output, so it was undone"
+                f"{parent}: its modules differ in size ({listed}); equalizing them changed an output, so it was undone"
             )
             continue
         done += here
         left = max(sizes.values()) / min(sizes.values())
         if left > BALANCE_FROM:
             notes.append(
-                f"{parent}: the parts of one GEMM differ in size ({listed}) and cannot be brought closer than "
+                f"{parent}: fused modules differ in size ({listed}) and cannot be brought closer than "
                 f"{left:.3g} times without changing an output; small weights may lose precision"
             )
     return done, notes

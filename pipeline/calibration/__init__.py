@@ -1,1 +1,1 @@
-"""From captions to the ranges that static scales come from."""
+"""From captions to the amax that static scales come from."""

@@ -1,4 +1,4 @@
-"""Captions as token batches: rows of one length each, so that nothing is padded and no pad token has a range.
+"""Captions as token batches: rows of one length each, so that nothing is padded and no pad token reaches an amax.
 
 The batches are canonical: rows are sorted by length, then by tokens, and cut where a batch is full. The order in
 which captions come, a resume, or another number of devices never change a batch, and with it never a bit.

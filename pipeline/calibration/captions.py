@@ -1,4 +1,4 @@
-"""The text that ranges are measured on: captions of many kinds of source, the same choice on every machine.
+"""The text that amax is collected on: captions of many kinds of source, the same choice on every machine.
 
 A choice depends on the captions and the seed alone, never on the order in which a source holds them: each distinct
 caption has a rank, a hash of seed and text, and the lowest ranks are taken. `calib_data` builds its sets with the

@@ -39,7 +39,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a layer stream holds at once, in bytes.
+    """What layerwise calibration holds at once, in bytes.
 
     Attributes:
         layer: the largest layer as it is read.

@@ -21,11 +21,11 @@ def carry_files(checkpoint: Checkpoint, target: Path) -> None:
 
     Their hashes are recorded in `FILES`.
     """
-    carried = [name for name in checkpoint.sidecars if name != "config.json"]
-    for name in carried:
+    copied = [name for name in checkpoint.sidecars if name != "config.json"]
+    for name in copied:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.root / name, target / name)
-    record_files(target, {}, carried)
+    record_files(target, {}, copied)
 
 
 def changed_files(root: Path) -> dict[str, str]:

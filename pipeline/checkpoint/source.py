@@ -86,7 +86,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: dict[str, Tensor]  # in file order: shard by shard, by offset
     sidecars: tuple[str, ...]  # relative names of small files to carry
-    left_behind: tuple[tuple[str, str], ...]  # (relative name, why it is not carried)
+    left_behind: tuple[tuple[str, str], ...]  # (relative name, why it is not copied)
     revision: str | None = None  # the hub's commit
 
     @property
@@ -96,7 +96,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    root: Path, label: str | None = None, revision: str | None = None, carried: Sequence[str] = ("*",)
+    root: Path, label: str | None = None, revision: str | None = None, copied: Sequence[str] = ("*",)
 ) -> Checkpoint:
     """Read config, index and all headers of a checkpoint directory.
 
@@ -104,7 +104,7 @@ def open_checkpoint(
         root: the directory.
         label: as the recipe names it.
         revision: the hub's commit, if it is a snapshot.
-        carried: patterns of the small files that belong to it.
+        copied: patterns of the small files that belong to it.
 
     Raises:
         SourceError: one line, with the file, what is wrong and what to do.
@@ -121,7 +121,7 @@ def open_checkpoint(
         add_shard(tensors, found, str(path), expected)
     if not tensors:
         raise SourceError(f"{root}: the shards hold no tensors")
-    sidecars, left = list_sidecars(root, carried)
+    sidecars, left = list_sidecars(root, copied)
     return Checkpoint(label, root, config, tuple(shards), tensors, sidecars, left, revision)
 
 
@@ -331,12 +331,12 @@ def parse_header(raw: bytes, where: str, size: int, position: int) -> dict[str, 
     return {tensor.name: tensor for tensor in entries}
 
 
-def list_sidecars(root: Path, carried: Sequence[str] = ("*",)) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def list_sidecars(root: Path, copied: Sequence[str] = ("*",)) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Small files to carry, and the rest with the reason. Hidden files and earlier results are neither.
 
     Args:
         root: the checkpoint's directory.
-        carried: only names that fit one of these patterns; a hub's cache may hold more of a repository than was asked.
+        copied: only names that fit one of these patterns; a hub's cache may hold more of a repository than was asked.
     """
     kept, left = [], []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
@@ -354,6 +354,6 @@ def list_sidecars(root: Path, carried: Sequence[str] = ("*",)) -> tuple[tuple[st
             left.append((name, "the result has its own"))
         elif path.stat().st_size > MAX_SIDECAR_BYTES:
             left.append((name, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB"))
-        elif any(fnmatchcase(name, pattern) for pattern in carried):
+        elif any(fnmatchcase(name, pattern) for pattern in copied):
             kept.append(name)
     return tuple(kept), tuple(left)

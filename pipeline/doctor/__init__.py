@@ -118,7 +118,7 @@ def _plan(system: System, recipe: Recipe) -> tuple[list[Finding], Plan | None]:
     except Exception as error:  # a library that does not import is what one asks a doctor about
         line = (str(error).strip().splitlines() or [""])[0]
         text = f"the plan cannot be made: {type(error).__name__}: {line}"
-        return [Finding("plan-broken", "recipe", "unfit", text, "mend the installation: bash scripts/setup.sh")], None
+        return [Finding("plan-broken", "recipe", "unfit", text, "fix the installation: bash scripts/setup.sh")], None
     text = (
         f"{plan.checkpoint.label}: {size_text(plan.checkpoint.nbytes)} become {size_text(plan.output_nbytes)} in "
         f"{places(recipe.output)[0]}, memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"

@@ -93,7 +93,7 @@ def kind_findings(system: System, table: Sequence[Mount], use: Use) -> Iterator[
             use.area,
             "unfit",
             f"{use.path}: {there} {why}",
-            f"choose another {use.key}, or mend that",
+            f"choose another {use.key}, or fix that",
         )
         return
     free = drive_space(there).free
@@ -235,7 +235,7 @@ def rate_findings(system: System, table: Sequence[Mount], use: Use, shard: Path 
             use.area,
             "unfit",
             f"{there}: it cannot be {what}: {error.strerror}",
-            f"mend that, or choose another {use.key}",
+            f"fix that, or choose another {use.key}",
         )
 
 

@@ -1,7 +1,7 @@
-"""KV-cache scales: their names, their rounding, and when a range looks wrong.
+"""KV-cache scales: their names, their rounding, and when an amax looks wrong.
 
 A scale is amax/448, the largest finite E4M3 value (OCP 8-bit Floating Point Specification, section 5.2). vLLM holds
-scales in BF16: written as BF16 and rounded up, the range's own maximum still fits.
+scales in BF16: written as BF16 and rounded up, the amax itself still fits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROB_SCALE = cache_scale(1.0)  # a probability is at most one
 
 
 def usable(value: float) -> bool:
-    """Whether a range or a scale is finite and positive."""
+    """Whether an amax or a scale is finite and positive."""
     return math.isfinite(value) and value > 0
 
 
@@ -54,7 +54,7 @@ LARGE, SMALL, STRANGE = E4M3_MAX, 2.0**-6, 32.0
 
 
 def suspicious(ranges: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """What a careful user should know of the ranges of keys and values, layer by layer.
+    """What a careful user should know of the amax of keys and values, layer by layer.
 
     Args:
         ranges: layer index to largest magnitudes, under ``k`` and ``v``.

@@ -188,7 +188,7 @@ def without_scale(section: Mapping[str, Any], lost: tuple[str, ...]) -> str:
 
 
 def _is_plain_fp8(group: dict[str, Any]) -> bool:
-    """Whether a group may be meant as FP8 with a scale a row: what is said otherwise is an error in it, then."""
+    """Whether a group may be meant as FP8 with per-channel scales: what is said otherwise is an error in it, then."""
     weights = group.get("weights")
     if not isinstance(weights, dict):
         return True

@@ -97,7 +97,7 @@ class IgnoreList:
         entries: the list.
         globs: whether patterns are globs (`pipeline.formats.base.Format.ignore_globs`).
         loose: with globs, take names for parts of names as well, and some vision towers for ignored in any case, as
-            vLLM does for its older exports (`ModelOptQuantConfigBase.is_layer_excluded`); ours need neither.
+            vLLM does for its older exports (`ModelOptQuantConfigBase.is_layer_excluded`); this tool's need neither.
 
     Raises:
         ValueError: an entry is no text, or no regular expression.
@@ -144,7 +144,7 @@ class IgnoreList:
         found = []
         for module, dtype in linears.items():
             if dtype == "F8_E4M3" and module in self:
-                text = f"{module}: it is FP8, but the config ignores it: vLLM would load codes as weights"
+                text = f"{module}: it is FP8, but the config ignores it: vLLM would load FP8 values as weights"
                 found.append(IgnoreProblem("fp8 ignored", module, text))
             elif dtype != "F8_E4M3" and module not in self:
                 text = (

@@ -53,7 +53,7 @@ class Choice:
     """What one source tensor is.
 
     Attributes:
-        role: decides its fate; `REASONS` says why.
+        role: decides its action; `REASONS` says why.
         layer: decoder layer index, or None.
         component: for tensors outside the decoder stack, the part of the model, e.g. ``model.visual``.
     """
@@ -132,7 +132,7 @@ def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
         )
     if config.get("auto_map"):
         warnings.append(
-            "config.json names custom code (auto_map); it is carried but never run here (trust_remote_code is off); "
+            "config.json names custom code (auto_map); it is copied but never run here (trust_remote_code is off); "
             "to serve the result vLLM needs --trust-remote-code"
         )
     outside = tuple(dict.fromkeys(
@@ -299,7 +299,7 @@ def _layer_role(tensor: Tensor, found: _LanguageModel) -> Role:
 def _routes(module: str, rows: int, found: _LanguageModel) -> bool:
     """Whether a module of an MoE block decides who is asked: gate, router, shared_expert_gate.
 
-    It stands in a block that has experts, but in none of them, and has a row an expert, or a single one.
+    It stands in a block that has experts, but in none of them, and has a row per expert, or a single one.
     """
     block = next((block for block in found.moe_blocks if module.startswith(f"{block}.")), None)
     if block is None:
@@ -310,7 +310,7 @@ def _routes(module: str, rows: int, found: _LanguageModel) -> bool:
 
 
 def _refuse_transposed(checkpoint: Checkpoint, choices: dict[str, Choice]) -> None:
-    """GPT-2's Conv1D keeps [in, out]: a scale a row would be a scale an input. Its bias gives it away."""
+    """GPT-2's Conv1D keeps [in, out]: per-channel scales would be a scale an input. Its bias gives it away."""
     for name, choice in choices.items():
         bias = checkpoint.tensors.get(name.removesuffix(".weight") + ".bias")
         if choice.role == "linear" and bias is not None and bias.shape != checkpoint.tensors[name].shape[:1]:

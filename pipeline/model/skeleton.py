@@ -166,7 +166,7 @@ class Skeleton:
         return Layer(index, prefix, module, linears, experts, attention, attention_module, self.device, tensors)
 
     def drop_layer(self, index: int) -> None:
-        """Let go of a layer's weights; it is never run again."""
+        """Release a layer's weights; it is never run again."""
         import torch
 
         layer = self.layers[index]

@@ -116,7 +116,7 @@ def _copy(source: int, target: int, begin: int, count: int) -> None:
 
 
 def truncated_config(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A config with so many decoder layers: the count, and every list that has an entry a layer."""
+    """A config with so many decoder layers: the count, and every list that has an entry per layer."""
     made: dict[str, Any] = json.loads(json.dumps(config))
     text: Any = text_config(made)
     before = text.get("num_hidden_layers")

@@ -98,5 +98,5 @@ def calibration_warnings(recipe: Recipe, checkpoint: Checkpoint, calibration: Ca
         )
     dtypes = {tensor.dtype for layer in calibration.layers for tensor in layer.tensors if len(tensor.shape) > 1}
     if other := sorted(dtypes - {"BF16"}):
-        found.append(f"weights in {', '.join(other)} run in BF16 while ranges are measured")
+        found.append(f"weights in {', '.join(other)} run in BF16 while amax is collected")
     return found

@@ -16,7 +16,7 @@ from pipeline.model.selection import REASONS, ExpertLayout, Selection, attention
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost
-Fate = Literal["quantize", "copy", "drop"]
+Action = Literal["quantize", "copy", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Piece:
     """A contiguous range of the source and what becomes of it.
 
     ``kind`` copy: the result is the range. ``kind`` quantize: the range is a ``rows x columns`` array of `dtype`
-    (``columns x rows`` if `transposed`), the result is its scales, then its codes.
+    (``columns x rows`` if `transposed`), the result is its scales, then its FP8 values.
     """
 
     unit: int
@@ -59,11 +59,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class TensorFate:
+class TensorAction:
     """What happens to one source tensor, and why."""
 
     tensor: Tensor
-    fate: Fate
+    action: Action
     reason: str
     component: str
     layer: int | None
@@ -108,7 +108,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Draft:
-    fate: TensorFate | None  # None: no source tensor becomes this; the backend makes it
+    action: TensorAction | None  # None: no source tensor becomes this; the backend makes it
     blocks: tuple[_Block, ...]
     # for each group that must share a shard: (name, dtype, shape)
     groups: tuple[tuple[tuple[str, str, tuple[int, ...]], ...], ...]
@@ -121,8 +121,8 @@ def draft_outputs(checkpoint: Checkpoint, selection: Selection, backend: Backend
     caches = _cache_drafts(selection, backend)
     for draft in _weight_drafts(checkpoint, selection, backend):
         yield draft
-        assert draft.fate is not None
-        if (more := caches.get(draft.fate.tensor.name)) is not None:
+        assert draft.action is not None
+        if (more := caches.get(draft.action.tensor.name)) is not None:
             yield more
 
 
@@ -152,12 +152,12 @@ def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backen
         choice = selection.choices[name]
         reason = REASONS[choice.role]
         if choice.role == "tied head":
-            yield _Draft(TensorFate(tensor, "drop", reason, choice.component, None, ()), (), (), choice.layer)
+            yield _Draft(TensorAction(tensor, "drop", reason, choice.component, None, ()), (), (), choice.layer)
             continue
         if choice.role not in ("linear", "experts"):
             group = ((name, tensor.dtype, tensor.shape),)
-            fate = TensorFate(tensor, "copy", reason, choice.component, choice.layer, (name,))
-            yield _Draft(fate, (_Block(0, ()),), (group,), choice.layer)
+            action = TensorAction(tensor, "copy", reason, choice.component, choice.layer, (name,))
+            yield _Draft(action, (_Block(0, ()),), (group,), choice.layer)
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise SourceError(
@@ -177,8 +177,8 @@ def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backen
                 specs = backend.format.outputs(tensor.dtype, rows, columns)
                 groups.append(tuple((f"{module}.{spec.suffix}", spec.dtype, spec.shape) for spec in specs))
         names = tuple(output for group in groups for output, _, _ in group)
-        fate = TensorFate(tensor, "quantize", reason, choice.component, choice.layer, names)
-        yield _Draft(fate, tuple(blocks), tuple(groups), choice.layer, made=backend.weights_need_data)
+        action = TensorAction(tensor, "quantize", reason, choice.component, choice.layer, names)
+        yield _Draft(action, tuple(blocks), tuple(groups), choice.layer, made=backend.weights_need_data)
 
 
 def _expert_blocks(tensor: Tensor, block: str, kind: str, layout: ExpertLayout) -> Iterator[_Block]:
@@ -266,16 +266,16 @@ def layer_units(
         unit = first + index
         pieces = [_in_unit(p, unit) for d in by_layer[index] if not d.made for p in _pieces_of(d, outputs)]
         made = tuple(name for d in by_layer[index] if d.made for group in d.groups for name, _, _ in group)
-        tensors = tuple(d.fate.tensor for d in by_layer[index] if d.fate is not None)
+        tensors = tuple(d.action.tensor for d in by_layer[index] if d.action is not None)
         label = f"{selection.stack}.{index}" if selection.stack else str(index)
         nbytes = sum(tensor.nbytes for tensor in tensors)
         yield LayerUnit(unit, index, label, tensors, nbytes, tuple(pieces), made)
 
 
 def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piece]:
-    assert draft.fate is not None
-    fate, tensor = draft.fate, draft.fate.tensor
-    label = fate.component if fate.layer is None else f"{fate.component}.{fate.layer}"
+    assert draft.action is not None
+    action, tensor = draft.action, draft.action.tensor
+    label = action.component if action.layer is None else f"{action.component}.{action.layer}"
     width = DTYPE_BYTES[tensor.dtype]
     groups = iter(draft.groups)
 
@@ -312,12 +312,12 @@ def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piec
 def _quantized_writes(
     modules: list[tuple[int, Any]], outputs: dict[str, OutputTensor], first: int, count: int, columns: int, width: int
 ) -> Iterator[Write]:
-    """Where rows ``first .. first + count`` of stacked modules go: a piece's result is its scales, then its codes."""
+    """Where rows ``first .. first + count`` of stacked modules go; a piece's result is its scales, then FP8 values."""
     top = 0
-    for rows, (codes_spec, scales_spec) in modules:
+    for rows, (values_spec, scales_spec) in modules:
         begin, end = max(first, top), min(first + count, top + rows)
         if begin < end:
-            codes, scales = outputs[codes_spec[0]], outputs[scales_spec[0]]
+            values, scales = outputs[values_spec[0]], outputs[scales_spec[0]]
             yield Write(
                 (begin - first) * width,
                 (end - begin) * width,
@@ -328,24 +328,24 @@ def _quantized_writes(
             yield Write(
                 count * width + (begin - first) * columns,
                 (end - begin) * columns,
-                codes.shard,
-                codes.offset + (begin - top) * columns,
-                codes.name,
+                values.shard,
+                values.offset + (begin - top) * columns,
+                values.name,
             )
         top += rows
 
 
 def check_accounts(
     checkpoint: Checkpoint,
-    fates: dict[str, TensorFate],
+    actions: dict[str, TensorAction],
     outputs: dict[str, OutputTensor],
     pieces: tuple[Piece, ...],
     layers: tuple[LayerUnit, ...],
 ) -> None:
-    """Every source tensor has a fate, every output byte one writer. A failure here is a mistake of this program."""
+    """Every source tensor has a action, every output byte one writer. A failure here is a mistake of this program."""
     for name in checkpoint.tensors:
-        if name not in fates:
-            raise SourceError(f"{name}: no fate was found for this tensor", remedy="please report it")
+        if name not in actions:
+            raise SourceError(f"{name}: no action was found for this tensor", remedy="please report it")
     written: dict[str, int] = defaultdict(int)
     for piece in (*pieces, *(piece for layer in layers for piece in layer.pieces)):
         for write in piece.writes:

@@ -1,6 +1,6 @@
-"""The plan: every source tensor's fate and every output byte's place, before the first tensor is read.
+"""The plan: every source tensor's action and every output byte's place, before the first tensor is read.
 
-Made from the config and the headers alone. A fate is ``quantize``, ``copy`` or ``drop``, with a reason.
+Made from the config and the headers alone. A action is ``quantize``, ``copy`` or ``drop``, with a reason.
 Output shards are laid out completely: the stream only fills in bytes. Pieces are what one thread reads,
 computes and hands to the writer; units of pieces are what the journal records. A calibrated run has a unit a
 decoder layer besides, and its plan holds the token batches too: they decide bits.
@@ -31,7 +31,7 @@ from pipeline.plan.layout import (
     UNIT_BYTES,
     LayerUnit,
     Piece,
-    TensorFate,
+    TensorAction,
     check_accounts,
     cut_into_pieces,
     draft_outputs,
@@ -54,7 +54,7 @@ class Plan:
     checkpoint: Checkpoint
     backend: Backend
     selection: Selection
-    fates: dict[str, TensorFate]
+    actions: dict[str, TensorAction]
     outputs: dict[str, OutputTensor]
     shards: tuple[OutputShard, ...]
     pieces: tuple[Piece, ...]  # of the data-free stream
@@ -139,9 +139,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     layers = tuple(
         layer_units(checkpoint, selection, backend, of_layers, outputs, pieces[-1].unit + 1 if pieces else 0)
     )
-    fates = {draft.fate.tensor.name: draft.fate for draft in drafts if draft.fate is not None}
-    check_accounts(checkpoint, fates, outputs, pieces, layers)
-    _check_ignore(backend, selection, fates, outputs)
+    actions = {draft.action.tensor.name: draft.action for draft in drafts if draft.action is not None}
+    check_accounts(checkpoint, actions, outputs, pieces, layers)
+    _check_ignore(backend, selection, actions, outputs)
     threads = recipe.runtime.threads or default_threads()
     warnings = list(selection.warnings)
     calibration = None
@@ -156,7 +156,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
         if recipe.calibration is not None:
             warnings.append(f"calibration is not used: neither {recipe.scheme} weights nor kv_cache: none need data")
     return Plan(
-        recipe, checkpoint, backend, selection, fates, outputs, shards, pieces, threads, tuple(warnings), calibration
+        recipe, checkpoint, backend, selection, actions, outputs, shards, pieces, threads, tuple(warnings), calibration
     )
 
 
@@ -173,20 +173,20 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-# --- fates -------------------------------------------------------------------------------------------
+# --- actions -------------------------------------------------------------------------------------------
 
 
 # --- layout ------------------------------------------------------------------------------------------
 
 
 def _check_ignore(
-    backend: Backend, selection: Selection, fates: dict[str, TensorFate], outputs: dict[str, OutputTensor]
+    backend: Backend, selection: Selection, actions: dict[str, TensorAction], outputs: dict[str, OutputTensor]
 ) -> None:
     """The config's ignore list against the tensors that will stand beside it, before the first byte is read."""
     linears = {}
-    for fate in fates.values():
-        role = selection.choices[fate.tensor.name].role
-        for name in fate.outputs:
+    for action in actions.values():
+        role = selection.choices[action.tensor.name].role
+        for name in action.outputs:
             output = outputs[name]
             linear = len(output.shape) == 2 and name.endswith(".weight") and role != "embedding"
             if linear or (role == "ignored" and len(output.shape) == 2):
@@ -231,7 +231,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     for name in checkpoint.sidecars:
         status = (checkpoint.root / name).stat()
         found[f"source.{name}"] = [status.st_size, 0 if on_hub else status.st_mtime_ns]
-    dtypes = {fate.tensor.dtype for fate in plan.fates.values() if fate.fate == "quantize"}
+    dtypes = {action.tensor.dtype for action in plan.actions.values() if action.action == "quantize"}
     found.update((f"library.{name}", version) for name, version in plan.backend.versions(dtypes).items())
     found["layout"] = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
     found["units"] = [PIECE_BYTES, UNIT_BYTES]

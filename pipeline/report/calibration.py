@@ -12,7 +12,7 @@ from pipeline.formats.kv_scales import suspicious
 from pipeline.journal import Journal
 from pipeline.plan.plan import Plan
 
-BALANCED = "balanced by powers of two, which changes no output"
+BALANCED = "equalized by powers of two, which changes no output"
 FEW_TOKENS = 16
 
 
@@ -48,7 +48,7 @@ def as_json(plan: Plan, journal: Journal) -> dict[str, Any]:
 
 
 def findings(plan: Plan, journal: Journal) -> list[str]:
-    """What a careful user should read: strange ranges, what was balanced, experts that few tokens reached."""
+    """What a careful user should read: an unusual amax, what was equalized, experts that few tokens reached."""
     facts = {layer.index: journal.facts.get(layer.unit, {}) for layer in plan.layers}
     found = suspicious({index: fact.get("attention", {}) for index, fact in facts.items()})
     balanced = [(index, entry) for index, fact in facts.items() for entry in fact.get("balanced", [])]

@@ -53,7 +53,9 @@ class Console:
             f"{source.label}: {len(source.tensors)} tensors in {len(source.shards)} shard(s), "
             f"{size_text(source.nbytes)}; {plan.selection.layers} decoder layers at {plan.selection.stack}"
         )
-        counts = {fate: sum(f.fate == fate for f in plan.fates.values()) for fate in ("quantize", "copy", "drop")}
+        counts = {
+            action: sum(f.action == action for f in plan.actions.values()) for action in ("quantize", "copy", "drop")
+        }
         self.say(
             f"{counts['quantize']} tensors become FP8, {counts['copy']} stay as they are"
             + (f", {counts['drop']} dropped" if counts["drop"] else "")
@@ -76,7 +78,7 @@ class Console:
         self.say(f"layers run on {found.device.why}; {found.place_why}")
 
     def show_plan_table(self, plan: Plan) -> None:
-        """What `quantize plan` prints: parts, shards, what is carried."""
+        """What `quantize plan` prints: parts, shards, what is copied."""
         from rich.table import Table
 
         self.show_plan(plan)
@@ -100,9 +102,9 @@ class Console:
         for shard, count in zip(plan.shards, counted, strict=True):
             shards.add_row(shard.name, str(count), size_text(shard.size))
         self.rich.print(shards)
-        carried = [name for name in plan.checkpoint.sidecars if name != "config.json"]
+        copied = [name for name in plan.checkpoint.sidecars if name != "config.json"]
         self.say("config.json: the source's, with a quantization_config")
-        self.say(f"carried byte for byte: {', '.join(carried) or 'nothing'}")
+        self.say(f"copied byte for byte: {', '.join(copied) or 'nothing'}")
         for name, reason in plan.checkpoint.left_behind:
             self.say(f"left behind: {name} ({reason})")
 
@@ -229,7 +231,7 @@ class Console:
         self.rich.print(table)
 
     def show_calibrated(self, seen: Totals, findings: tuple[str, ...]) -> None:
-        """Reads and forwards, counted; and what the ranges say."""
+        """Reads and forwards, counted; and what the observed amax says."""
         if seen.reads:
             most = max(seen.reads.values())
             times = "once" if most == 1 else f"at most {most} times"

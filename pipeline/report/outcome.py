@@ -21,7 +21,7 @@ class Outcome:
         layers: timings, slowest first.
         totals: what this process read, ran and wrote; zero where all was done before.
         report: of the verification; None if `already`, and proven far enough before.
-        findings: what the ranges say, for a careful user.
+        findings: what the observed amax says, for a careful user.
     """
 
     output: Path

@@ -11,24 +11,24 @@ from pipeline.report.outcome import Estimate
 
 
 def summary(plan: Plan) -> list[dict[str, Any]]:
-    """The plan in a few rows: what shares a fate, a reason and a part of the model, with counts and bytes."""
+    """The plan in a few rows: what shares a action, a reason and a part of the model, with counts and bytes."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for fate in plan.fates.values():
-        key = (fate.component, fate.fate, fate.reason)
+    for action in plan.actions.values():
+        key = (action.component, action.action, action.reason)
         row = rows.setdefault(
             key,
             {
-                "component": fate.component,
-                "fate": fate.fate,
-                "reason": fate.reason,
+                "component": action.component,
+                "fate": action.action,
+                "reason": action.reason,
                 "tensors": 0,
                 "source_bytes": 0,
                 "output_bytes": 0,
             },
         )
         row["tensors"] += 1
-        row["source_bytes"] += fate.tensor.nbytes
-        row["output_bytes"] += sum(plan.outputs[name].nbytes for name in fate.outputs)
+        row["source_bytes"] += action.tensor.nbytes
+        row["output_bytes"] += sum(plan.outputs[name].nbytes for name in action.outputs)
     return sorted(rows.values(), key=lambda row: (row["fate"] != "quantize", -row["source_bytes"]))
 
 
@@ -83,19 +83,19 @@ def as_json(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "estimate": {"seconds": estimate.seconds, "parts": estimate.parts, "basis": estimate.basis},
         "tensors": [
             {
-                "name": fate.tensor.name,
-                "dtype": fate.tensor.dtype,
-                "shape": list(fate.tensor.shape),
-                "bytes": fate.tensor.nbytes,
-                "fate": fate.fate,
-                "reason": fate.reason,
-                "component": fate.component,
-                "layer": fate.layer,
+                "name": action.tensor.name,
+                "dtype": action.tensor.dtype,
+                "shape": list(action.tensor.shape),
+                "bytes": action.tensor.nbytes,
+                "fate": action.action,
+                "reason": action.reason,
+                "component": action.component,
+                "layer": action.layer,
                 "outputs": [
                     {**asdict(plan.outputs[name]), "file": plan.shards[plan.outputs[name].shard].name}
-                    for name in fate.outputs
+                    for name in action.outputs
                 ],
             }
-            for fate in plan.fates.values()
+            for action in plan.actions.values()
         ],
     }

@@ -20,7 +20,7 @@ from pipeline.serving.profile_check import hold_against
 from pipeline.stream.totals import Totals
 from pipeline.verify.report import LEVELS, Report
 from pipeline.verify.verify import find_environment
-from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _asked(before: dict[str, Any]) -> int:
     return LEVELS.index(asked) if asked in LEVELS else -1
 
 
-def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: Server | None) -> None:
+def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: VllmEnvironment | None) -> None:
     """A result that has failed does not pass by being asked less, or where there is no vLLM any more."""
     asked = _asked(before)
     less = asked > LEVELS.index(plan.recipe.verify) or (asked > 0 and server is None and before.get("vllm"))
@@ -69,7 +69,7 @@ def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: Ser
 
 
 def _verify_further(
-    plan: Plan, output: Path, console: Console, before: dict[str, Any], server: Server | None
+    plan: Plan, output: Path, console: Console, before: dict[str, Any], server: VllmEnvironment | None
 ) -> Report | None:
     """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
     path, far = output / VERDICT, _asked(before) >= LEVELS.index(plan.recipe.verify)
@@ -91,7 +91,7 @@ def listed(problems: list[str]) -> str:
     return "\n".join(f"  {problem}" for problem in problems[:20])
 
 
-def _write_profile(plan: Plan, output: Path, console: Console, server: Server | None) -> None:
+def _write_profile(plan: Plan, output: Path, console: Console, server: VllmEnvironment | None) -> None:
     text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
     path = output / PROFILE
     if path.exists() and attempt(f"reading {path}", path.read_bytes) == text.encode():

@@ -39,7 +39,7 @@ from pipeline.stream.totals import Totals
 from pipeline.units import size_text
 from pipeline.verify.report import Report
 from pipeline.verify.verify import find_environment, how_verified
-from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
         Whether `output` is this very result already.
 
     Raises:
-        UsageError: the output is not ours, another run's, or overlaps with the source.
+        UsageError: the output is not this tool's, another run's, or overlaps with the source.
         PipelineError: the disk is too small.
     """
     output, partial = places(plan.recipe.output)
@@ -136,7 +136,9 @@ def _recorded(plan: Plan, journal: Journal, stop: Stop) -> Iterator[EventLog]:
 # --- stream ------------------------------------------------------------------------------------------
 
 
-def _stream(plan: Plan, journal: Journal, log: EventLog, stop: Stop, server: Server | None, console: Console) -> Totals:
+def _stream(
+    plan: Plan, journal: Journal, log: EventLog, stop: Stop, server: VllmEnvironment | None, console: Console
+) -> Totals:
     """Write every tensor that is not written yet: those that need no data, then layer by layer.
 
     Raises:
@@ -190,7 +192,7 @@ def _written_again(plan: Plan, journal: Journal) -> int:
 # --- gates and publishing ----------------------------------------------------------------------------
 
 
-def _gates(plan: Plan, partial: Path, log: EventLog, server: Server | None, console: Console) -> Report:
+def _gates(plan: Plan, partial: Path, log: EventLog, server: VllmEnvironment | None, console: Console) -> Report:
     """Send the result through the gates; their report is written beside it, whether or not it passes.
 
     Raises:

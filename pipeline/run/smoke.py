@@ -213,7 +213,7 @@ def _sweep(recipe: Recipe, parent: Path, console: Console) -> None:
 
 def _refuse_too_little_room(parent: Path, kept: list[Tensor], plan: Plan) -> None:
     """The copy and its result, before the first byte; hidden states are looked at by the run itself."""
-    result = sum(plan.outputs[name].nbytes for tensor in kept for name in plan.fates[tensor.name].outputs)
+    result = sum(plan.outputs[name].nbytes for tensor in kept for name in plan.actions[tensor.name].outputs)
     small = sum((plan.checkpoint.root / name).stat().st_size for name in plan.checkpoint.sidecars)
     needed = sum(tensor.nbytes for tensor in kept) + result + 2 * small + MARGIN  # small files go into both
     free = drive_space(parent).free

@@ -494,7 +494,7 @@ def _rotary(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any
         raise UsageError(
             f"serve.rope_scaling: config.json has {str(said)[:60]!r} for this model's rotary parameters, which is no "
             "mapping",
-            remedy="mend it there, or leave it out",
+            remedy="fix it there, or leave it out",
         )
     own = dict(said)
     kinds = {str(part.get("model_type")) for part in (config, text)}

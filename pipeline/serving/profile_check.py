@@ -14,7 +14,7 @@ from pipeline.checkpoint.result import PROFILE
 from pipeline.errors import UsageError
 from pipeline.plan.plan import Plan
 from pipeline.serving import profile
-from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 
 EARLY = 1 << 30  # bytes of a source from which on a start of vLLM, for the profile alone, is little beside the work
@@ -36,7 +36,9 @@ def hold_against(session: VllmWorker, text: str, checkpoint: Path) -> dict[str, 
 
 
 @contextmanager
-def profile_in_time(plan: Plan, server: Server | None, refused: Callable[[UsageError], None]) -> Iterator[None]:
+def profile_in_time(
+    plan: Plan, server: VllmEnvironment | None, refused: Callable[[UsageError], None]
+) -> Iterator[None]:
     """Within, beside long work: vLLM's word on the profile, seconds after the start and not hours later.
 
     A run that is short learns it from the verification; so does one whose vLLM gives no answer.

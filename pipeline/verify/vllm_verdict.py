@@ -159,7 +159,7 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
         yield Finding(
             "vllm-fp8-as-plain",
             plain[0]["tensor"],
-            f"{plain[0]['tensor']}: FP8 codes that vLLM takes for {plain[0]['kept']} weights, {_in_all(plain)}: the "
+            f"{plain[0]['tensor']}: FP8 values that vLLM takes for {plain[0]['kept']} weights, {_in_all(plain)}: the "
             "config does not say that they are quantized",
         )
     told = {_module(entry["parameter"]) for entry in load["crossed"]}

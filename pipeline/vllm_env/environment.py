@@ -30,7 +30,7 @@ ASK = (
 
 
 @dataclass(frozen=True)
-class Server:
+class VllmEnvironment:
     """A vLLM that was found.
 
     Attributes:
@@ -54,8 +54,8 @@ def default_place() -> Path:
     return Path(f"{sys.prefix}-vllm")
 
 
-def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server | None:
-    """The vLLM to prove results in.
+def find(asked: str | None = None, key: str = "runtime.vllm_python") -> VllmEnvironment | None:
+    """The vLLM to validate results in.
 
     Looked for in this order: `asked`, the environment variable, the default place, this very environment, and the one
     whose ``vllm`` command is on the PATH. Nothing of it is imported.
@@ -94,7 +94,7 @@ def find(asked: str | None = None, key: str = "runtime.vllm_python") -> Server |
     return _beside(command) if (command := shutil.which("vllm")) else None
 
 
-def _beside(command: str) -> Server | None:
+def _beside(command: str) -> VllmEnvironment | None:
     """The vLLM of a ``vllm`` command's environment; None where its Python is elsewhere: the command is a script then.
 
     Raises:
@@ -113,7 +113,7 @@ def _beside(command: str) -> Server | None:
     if broken is not None:
         raise UsageError(
             f"{command}, the vllm command on the PATH, is broken: its Python {broken}",
-            remedy=f"mend it, take it off the PATH, or name another in runtime.vllm_python or {VARIABLE}",
+            remedy=f"fix it, take it off the PATH, or name another in runtime.vllm_python or {VARIABLE}",
         )
     return None
 
@@ -128,7 +128,7 @@ def _python(named: str) -> Path | None:
     return path.absolute() if path.is_file() and os.access(path, os.X_OK) else None
 
 
-def _ask(python: Path) -> Server | str:
+def _ask(python: Path) -> VllmEnvironment | str:
     """The vLLM of an interpreter; or, for a sentence that begins with the interpreter, why there is none."""
     try:
         done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, errors="replace", timeout=60)
@@ -142,5 +142,5 @@ def _ask(python: Path) -> Server | str:
     for line in reversed(done.stdout.splitlines()):  # a sitecustomize may have said something as well
         words = line.split()
         if len(words) == 2 and words[0] in DISTRIBUTIONS:
-            return Server(python.absolute(), words[0], words[1])
+            return VllmEnvironment(python.absolute(), words[0], words[1])
     return ABSENT

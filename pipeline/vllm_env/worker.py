@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.vllm_env.environment import Server
+from pipeline.vllm_env.environment import VllmEnvironment
 
 JOBS = Path(__file__).with_name("jobs")
 
@@ -26,7 +26,7 @@ class VllmWorker:
             loaded, answered = session.run([load_job, engine_job], parallel=2)
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: VllmEnvironment) -> None:
         self.server = server
         self._place: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None

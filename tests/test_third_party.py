@@ -78,7 +78,7 @@ def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """The demo's model, and what others make of it, each in one shard with an index."""
     from safetensors.torch import load_file, save_file
 
-    root = tmp_path_factory.mktemp("strangers")
+    root = tmp_path_factory.mktemp("third party")
     source = demo_model
     tensors = {name: t for shard in source.glob("*.safetensors") for name, t in load_file(shard).items()}
     save_file(tensors, root / "source.safetensors")
