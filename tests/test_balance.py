@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8
+from pipeline.backends.modelopt import BALANCE_FROM, ModelOptFP8, equalize
 from pipeline.calibration.batches import make_batches
 from tests.conftest import all_tensors, damaged, value
 from tests.layers import SEQUENCES, build

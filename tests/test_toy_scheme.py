@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from pipeline.batch.estimate import rule
 
 from pipeline import convert
 from pipeline.backends import registry
@@ -27,10 +26,11 @@ from pipeline.formats import methods
 from pipeline.formats.base import Format, Output, Requantized, every_name
 from pipeline.formats.kv_scales import COMPRESSED_NAMES
 from pipeline.model.selection import Selection
+from pipeline.plan.plan import make_plan
 from pipeline.recipe import recipe as recipes
 from pipeline.recipe.sections import Common, Section
+from pipeline.run.estimate import Work, rule
 from pipeline.verify.structure import check_structure
-from tests.batch_runs import a_plan
 from tests.conftest import all_tensors, damaged, make_plain_checkpoint
 
 TOY = Format(
@@ -337,8 +337,11 @@ def test_a_calibrated_scheme_converts_and_verifies(
     assert "requantized-differs" in {finding.code for finding in report.findings} and not report.passed
 
 
-def test_an_estimate_of_it_needs_no_table(observed: None, captions: Path, tmp_path: Path) -> None:
-    wanted = asked(tmp_path, tmp_path / "out", backend="observed", scheme="fp8_tensor")
-    parsed = recipes.parse(json.dumps({**wanted, "calibration": {"captions": str(captions)}}))
-    parts = rule(a_plan(recipe=parsed))
+def test_an_estimate_of_it_needs_no_table(
+    observed: None, small_model: Callable[[str], Path], captions: Path, tmp_path: Path
+) -> None:
+    source = small_model("qwen3")
+    wanted = asked(source, tmp_path / "out", backend="observed", scheme="fp8_tensor")
+    parsed = recipes.parse(json.dumps({**wanted, "calibration": {"captions": str(captions), "samples": 9}}))
+    parts = rule(Work.of(make_plan(parsed, open_checkpoint(source))))
     assert parts["imports"] == PerTensor.import_seconds and parts["forwards"] > 0

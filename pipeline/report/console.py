@@ -53,9 +53,8 @@ class Console:
             f"{source.label}: {len(source.tensors)} tensors in {len(source.shards)} shard(s), "
             f"{size_text(source.nbytes)}; {plan.selection.layers} decoder layers at {plan.selection.stack}"
         )
-        counts = {
-            action: sum(f.action == action for f in plan.actions.values()) for action in ("quantize", "copy", "drop")
-        }
+        taken = [action.action for action in plan.actions.values()]
+        counts = {kind: taken.count(kind) for kind in ("quantize", "copy", "drop")}
         self.say(
             f"{counts['quantize']} tensors become FP8, {counts['copy']} stay as they are"
             + (f", {counts['drop']} dropped" if counts["drop"] else "")
@@ -82,13 +81,13 @@ class Console:
         from rich.table import Table
 
         self.show_plan(plan)
-        table = Table(title="every tensor's fate", title_justify="left")
-        for name in ("part", "fate", "why", "tensors", "source", "output"):
+        table = Table(title="every tensor's action", title_justify="left")
+        for name in ("part", "action", "why", "tensors", "source", "output"):
             numeric = name in ("tensors", "source", "output")
             table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
         for row in summary(plan):
             table.add_row(
-                row["component"], row["fate"], row["reason"], str(row["tensors"]),
+                row["component"], row["action"], row["reason"], str(row["tensors"]),
                 size_text(row["source_bytes"]), size_text(row["output_bytes"]),
             )  # fmt: skip
         self.rich.print(table)

@@ -11,7 +11,7 @@ from pipeline.report.outcome import Estimate
 
 
 def summary(plan: Plan) -> list[dict[str, Any]]:
-    """The plan in a few rows: what shares a action, a reason and a part of the model, with counts and bytes."""
+    """The plan in a few rows: what shares an action, a reason and a part of the model, with counts and bytes."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for action in plan.actions.values():
         key = (action.component, action.action, action.reason)
@@ -19,7 +19,8 @@ def summary(plan: Plan) -> list[dict[str, Any]]:
             key,
             {
                 "component": action.component,
-                "fate": action.action,
+                "action": action.action,
+                "fate": action.action,  # its older name
                 "reason": action.reason,
                 "tensors": 0,
                 "source_bytes": 0,
@@ -29,7 +30,7 @@ def summary(plan: Plan) -> list[dict[str, Any]]:
         row["tensors"] += 1
         row["source_bytes"] += action.tensor.nbytes
         row["output_bytes"] += sum(plan.outputs[name].nbytes for name in action.outputs)
-    return sorted(rows.values(), key=lambda row: (row["fate"] != "quantize", -row["source_bytes"]))
+    return sorted(rows.values(), key=lambda row: (row["action"] != "quantize", -row["source_bytes"]))
 
 
 def _calibration_json(found: CalibrationPlan) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def as_json(plan: Plan, estimate: Estimate) -> dict[str, Any]:
                 "dtype": action.tensor.dtype,
                 "shape": list(action.tensor.shape),
                 "bytes": action.tensor.nbytes,
-                "fate": action.action,
+                "action": action.action,
+                "fate": action.action,  # its older name
                 "reason": action.reason,
                 "component": action.component,
                 "layer": action.layer,

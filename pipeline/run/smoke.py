@@ -165,10 +165,10 @@ def _lent(recipe: Recipe, parent: Path, keep: bool) -> Iterator[Path]:
         raise KeyboardInterrupt from None  # there is nothing to go on from
     except OSError as error:
         told = from_os_error(error, f"trying the first layers in {place}")
-        told.add_line(f"  {_fate(place, keep)}")
+        told.add_line(f"  {_left_or_removed(place, keep)}")
         raise told from None
     except PipelineError as error:
-        error.add_line(f"  {_fate(place, keep)}")
+        error.add_line(f"  {_left_or_removed(place, keep)}")
         raise
     finally:
         if keep:
@@ -179,7 +179,7 @@ def _lent(recipe: Recipe, parent: Path, keep: bool) -> Iterator[Path]:
             os.close(held)
 
 
-def _fate(place: Path, keep: bool) -> str:
+def _left_or_removed(place: Path, keep: bool) -> str:
     return f"kept: {place}" if keep else f"{place} is removed; --keep leaves it to look at"
 
 

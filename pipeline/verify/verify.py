@@ -286,7 +286,7 @@ def _cache_kinds(result: Checkpoint) -> list[str]:
 
 
 def _dtype(result: Checkpoint) -> str:
-    """What a server is told: results of this tool run in BF16, as they were measured, whatever their source's dtype is."""
+    """What a server is told: results of this tool run in BF16, as calibrated, whatever their source's dtype is."""
     return "bfloat16" if read_identity(result.root) is not None else "auto"
 
 
