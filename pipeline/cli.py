@@ -176,7 +176,7 @@ def verify(
 @click.option("--disk-wait", default="2h", show_default=True, help="How long a job waits for space on its drive.")
 @click.option("--ray", metavar="ADDRESS|auto", help="Run the jobs on this Ray cluster (needs the extra `ray`).")
 @click.option("--directory", type=click.Path(path_type=Path), help="For logs and report.  [default: batch/NAME]")
-@click.option("--on-finish", metavar="CMD", help="A shell command at the end; see docs/overnight.md for its variables.")
+@click.option("--on-finish", metavar="CMD", help="A shell command at the end; see docs/batch.md for its variables.")
 @click.option("--on-failure", metavar="CMD", help="A shell command for each job that fails for good.")
 @click.option("--dry-run", is_flag=True, help="Plan every job, show the table, start nothing.")
 @click.option("--status", is_flag=True, help="Show a batch that runs, or ran: the latest, or the one of DIR.")

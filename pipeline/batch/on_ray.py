@@ -320,7 +320,7 @@ def _connect(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise PipelineError(
             f"--ray {address}: no Ray cluster answers ({_line(error)}); is `ray start` running here, and are "
-            "RAY_AUTH_MODE and the token those of the cluster? docs/overnight.md"
+            "RAY_AUTH_MODE and the token those of the cluster? docs/batch.md"
         ) from None
     finally:
         if main and before is not None:

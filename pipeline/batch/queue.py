@@ -416,7 +416,7 @@ class Queue:
         self._hooks.start(self.rules.on_failure, {**self._variables(), **about})
 
     def _variables(self) -> dict[str, str]:
-        """What every hook is told; see docs/overnight.md."""
+        """What every hook is told; see docs/batch.md."""
         counts = self.counts()
         return {
             "BATCH_NAME": self.ledger.directory.name,
