@@ -103,7 +103,7 @@ def warm() -> Iterator[Warm]:
 
     For runs that calibrate, whose imports take longer than all else. What takes no time to import runs in `quantize`.
     """
-    with Warm("pipeline.run.runner", "pipeline.run.smoke", *HEAVY) as running:
+    with Warm(*HEAVY) as running:
         yield running
 
 

@@ -20,6 +20,7 @@ from tests.warm import Process, Warm
 pytestmark = pytest.mark.kill
 
 KILLS, MORE = 2, 10  # for each backend; the second with --long
+SAMPLES, MORE_SAMPLES = 300, 1200
 SAVE_ALWAYS = {"PIPELINE_SAVE_SECONDS": "0"}
 CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
 
@@ -64,11 +65,11 @@ def test_every_kill_is_resumed_to_the_same_bytes(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         CALIBRATED.format(source=source, output="x", backend=backend, scheme=SCHEMES[backend], captions=CAPTIONS,
-                          samples=1200)
+                          samples=MORE_SAMPLES if long else SAMPLES)
     )  # fmt: skip
 
     def start(target: Path) -> Process:
-        return warm.start(recipe, f"output={target}", env={"PIPELINE_SAVE_SECONDS": "0.3"})
+        return warm.start(recipe, f"output={target}", env={"PIPELINE_SAVE_SECONDS": "0.3" if long else "0.05"})
 
     assert warm("--version").returncode == 0  # what takes long is imported now
 

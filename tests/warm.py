@@ -1,7 +1,8 @@
 """Processes that begin with what takes seconds to import: each forked from one that has imported it.
 
 In all else they are processes as a shell starts them: arguments, environment, directory, output, exit status and
-signals are their own. Memory is the exception: a peak counts what the imports took in the process before.
+signals are their own. Two exceptions: a peak of memory counts what the imports took, and a variable that a library
+reads while it is imported is the one of the first process. Nothing of ours is imported there.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class Warm:
     """Starts such processes, and runs the command line as one."""
 
     def __init__(self, *modules: str, environment: Mapping[str, str] | None = None) -> None:
+        if Path("/dev/nvidiactl").exists():
+            modules = ()  # what begins to use a GPU while it is imported cannot be forked: each imports for itself
         self._modules, self._environment = modules, environment or {}
         self._server: subprocess.Popen[str] | None = None
         self._numbers = itertools.count()
