@@ -121,7 +121,7 @@ def status(directory: Path | None, console: Console) -> None:
     if directory is None:
         found = sorted(PARENT.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise UsageError(f"--status: there is no batch in {PARENT.absolute()}; name its directory")
+            raise UsageError(f"--status: there is no batch in {PARENT.absolute()}", remedy="name its directory")
         directory = found[-1].parent
     if not show_status(directory.absolute(), console):
         raise UsageError(f"--status: {directory}: no batch was run here")
@@ -136,7 +136,7 @@ def choose_executor(options: Options) -> Executor:
     """
     if options.ray is not None:
         if options.jobs is not None:
-            raise UsageError("--jobs: Ray places jobs by its nodes' resources; leave it out with --ray")
+            raise UsageError("--jobs: Ray places jobs by its nodes' resources", remedy="leave it out with --ray")
         from pipeline.batch.on_ray import RayCluster
 
         return RayCluster(options.ray, options.jobs_per_gpu)
@@ -167,7 +167,7 @@ def end_of_window(options: Options, now: float) -> float | None:
         UsageError: a value is no time, or lies in the past, or both options are given.
     """
     if options.until is not None and options.budget is not None:
-        raise UsageError("--until and --budget: both say when to stop; leave one out")
+        raise UsageError("--until and --budget: both say when to stop", remedy="leave one out")
     if options.budget is not None:
         return now + seconds(options.budget, "--budget")
     if options.until is None:
@@ -182,7 +182,7 @@ def end_of_window(options: Options, now: float) -> float | None:
     try:
         end = datetime.fromisoformat(options.until)
     except ValueError:
-        raise UsageError(f"--until: {options.until!r} is no time; write 07:00, or 2026-11-22T07:00") from None
+        raise UsageError(f"--until: {options.until!r} is no time", remedy="write 07:00, or 2026-11-22T07:00") from None
     if end.timestamp() <= now:
         raise UsageError(f"--until: {options.until} is over")
     return end.timestamp()
@@ -192,5 +192,5 @@ def seconds(text: str, option: str) -> float:
     """The seconds of a text such as ``9h``, ``90m``, ``1h30m`` or ``45s``; `option` is named in the UsageError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|[smhd])", text)
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(min|[smhd])\s*", "", text).strip():
-        raise UsageError(f"{option}: {text!r} is no length of time; write 9h, 90m or 1h30m")
+        raise UsageError(f"{option}: {text!r} is no length of time", remedy="write 9h, 90m or 1h30m")
     return sum(float(number) * UNITS[unit] for number, unit in parts)

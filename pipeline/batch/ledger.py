@@ -122,7 +122,7 @@ class Ledger:
             PipelineError: another process runs this batch, or the directory is something else.
         """
         if directory.is_dir() and any(directory.iterdir()) and not (directory / FILE).exists():
-            raise PipelineError(f"{directory}: it is no batch's directory; choose another with --directory")
+            raise PipelineError(f"{directory}: it is no batch's directory", remedy="choose another with --directory")
         directory.mkdir(parents=True, exist_ok=True)
         file = os.open(directory / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:

@@ -160,7 +160,8 @@ class RayCluster:
         try:
             import ray
         except ImportError:
-            raise UsageError("--ray: Ray is not installed; pip install 'fp8-pipeline[ray]' on every node") from None
+            remedy = "pip install 'fp8-pipeline[ray]' on every node"
+            raise UsageError("--ray: Ray is not installed", remedy=remedy) from None
         self._ray = ray
         _connect(ray, self.address)
         nodes = self._nodes()
@@ -319,8 +320,9 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise PipelineError(
-            f"--ray {address}: no Ray cluster answers ({_line(error)}); is `ray start` running here, and are "
-            "RAY_AUTH_MODE and the token those of the cluster? docs/batch.md"
+            f"--ray {address}: no Ray cluster answers ({_line(error)})",
+            remedy="is `ray start` running here, and are RAY_AUTH_MODE and the token those of the cluster? "
+            "docs/batch.md",
         ) from None
     finally:
         if main and before is not None:

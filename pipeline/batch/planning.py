@@ -258,8 +258,8 @@ def _refuse_too_large(plan: Plan) -> None:
 
     if plan.peak_memory > (total := total_memory()):
         raise TooLarge(
-            f"memory: up to {size_text(plan.peak_memory)} needed, this machine has {size_text(total)}; lower "
-            "calibration.samples or runtime.threads, or set runtime.hidden_states: file"
+            f"memory: up to {size_text(plan.peak_memory)} needed, this machine has {size_text(total)}",
+            remedy="lower calibration.samples or runtime.threads, or set runtime.hidden_states: file",
         )
 
 

@@ -44,11 +44,6 @@ class Batches:
     cut: int
     digest: str
 
-    @property
-    def padding(self) -> float:
-        """Positions computed over real tokens."""
-        return sum(batch.tokens for batch in self.batches) / self.tokens
-
 
 def make_batches(sequences: Iterable[list[int]], max_length: int, batch_tokens: int = BATCH_TOKENS) -> Batches:
     """Cut, sort and group token sequences.

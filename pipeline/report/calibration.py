@@ -38,7 +38,6 @@ def as_json(plan: Plan, journal: Journal) -> dict[str, Any]:
             "longest": batches.longest,
             "cut": batches.cut,
             "batches": len(batches.batches),
-            "computed_over_real_tokens": batches.padding,
             "sha256": batches.digest,
         },
         "device": found.device.name,

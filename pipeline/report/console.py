@@ -71,8 +71,7 @@ class Console:
         found, batches = plan.calibration, plan.calibration.batches
         self.say(
             f"calibration: {batches.samples} captions of {found.captions.origin}, {batches.tokens} tokens "
-            f"({batches.shortest} to {batches.longest} each, {batches.cut} cut) in {len(batches.batches)} batches, "
-            f"{batches.padding:.2f} times the real tokens computed"
+            f"({batches.shortest} to {batches.longest} each, {batches.cut} cut) in {len(batches.batches)} batches"
         )
         self.say(f"layers run on {found.device.why}; {found.place_why}")
 

@@ -43,7 +43,6 @@ def _calibration_json(found: CalibrationPlan) -> dict[str, Any]:
         "longest": batches.longest,
         "cut": batches.cut,
         "batches": len(batches.batches),
-        "computed_over_real_tokens": batches.padding,
         "device": found.device.name,
         "hidden_states": {"place": found.place, "bytes": found.needs.hidden},
         "layer_bytes": found.needs.layer,
