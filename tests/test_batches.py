@@ -26,7 +26,6 @@ def test_every_token_once_and_no_other() -> None:
     made = sequences(500)
     batches = make_batches(made, 512, batch_tokens=100)
     assert Counter(map(tuple, rows(batches))) == Counter(map(tuple, made))
-    assert batches.padding == 1.0
     assert batches.tokens == sum(map(len, made)) and batches.samples == 500 and batches.cut == 0
     assert all(b.tokens <= 100 for b in batches.batches)
     assert (batches.shortest, batches.longest) == (min(map(len, made)), max(map(len, made)))
