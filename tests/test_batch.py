@@ -94,9 +94,9 @@ def test_the_window_lets_nothing_in_that_it_would_cut(small_run: Callable[..., B
 def test_a_job_comes_in_when_the_estimate_gets_better(small_run: Callable[..., BatchRun], tmp_path: Path) -> None:
     """By a rule that is far too slow the large one does not fit; after the first job it does."""
     small = small_run(large=9, quick=1)
-    slow = "import pipeline.run.estimate as e; e.STREAM = 5e3; from pipeline.cli import main; main()"
+    slow = "import pipeline.run.estimate as e; e.STREAM = 5e3 / 3; from pipeline.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", slow, "batch", small.recipes, "--directory", tmp_path / "batch", "--budget", "60s"],
+        [sys.executable, "-c", slow, "batch", small.recipes, "--directory", tmp_path / "batch", "--budget", "180s"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

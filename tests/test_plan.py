@@ -97,6 +97,17 @@ def test_json_tells_every_tensors_fate(tmp_path: Path, quantize: Any, write_reci
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_the_plan_says_how_long_the_run_will_take(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    """By the rough rule, part by part; without vLLM for its structure alone."""
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    last = quantize("plan", recipe).stdout.splitlines()[-1]
+    assert last.startswith("estimate: about 1 s by a rough rule (start 1 s)"), last
+    assert last.endswith("; quantize RECIPE --smoke measures it")
+    told = json.loads(quantize("plan", recipe, "--json").stdout)["estimate"]
+    assert list(told["parts"]) == ["start", "stream", "verify"] and told["basis"] == "rule"
+    assert told["seconds"] == pytest.approx(sum(told["parts"].values())) and told["parts"]["stream"] > 0
+
+
 def test_the_plan_is_what_the_run_writes(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source", vocabulary=9000), more="shard_size: 1MiB\n")
     told = json.loads(quantize("plan", recipe, "--json").stdout)
