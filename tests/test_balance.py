@@ -209,7 +209,7 @@ def test_a_trap_keeps_its_precision(
     assert biases and any(tensors[n] != all_tensors(source)[n] for n in biases)
     done = warm("verify", output, "--source", source, "--level", "structure")
     assert done.returncode == 0, done.stdout
-    assert "modules were balanced" in done.stdout
+    assert "modules were equalized" in done.stdout
 
 
 def test_below_the_threshold_a_shared_scale_costs_next_to_nothing() -> None:

@@ -55,7 +55,7 @@ model: {{source: '{source}'}}
 output: {output}
 backend: modelopt
 scheme: fp8
-calibration: {{captions: '{captions}', samples: 256, max_length: 200}}
+calibration: {{captions: '{captions}', samples: {samples}, max_length: 200}}
 verify: structure
 """
 CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
@@ -67,10 +67,10 @@ def source_of(trained: Callable[[str], Path], small_model: Callable[[str], Path]
     return lambda name: trained(name) if name.endswith("_coco") else small_model(name)
 
 
-def write_recipe(path: Path, source: Path, output: Path, more: str = "") -> Path:
+def write_recipe(path: Path, source: Path, output: Path, samples: int, more: str = "") -> Path:
     if not CAPTIONS.exists():
         pytest.skip(f"{CAPTIONS} is not here: COCO's captions are not part of the repository")
-    path.write_text(RECIPE.format(source=source, output=output, captions=CAPTIONS) + more)
+    path.write_text(RECIPE.format(source=source, output=output, captions=CAPTIONS, samples=samples) + more)
     return path
 
 
@@ -78,8 +78,10 @@ def write_recipe(path: Path, source: Path, output: Path, more: str = "") -> Path
     "name", ["qwen2_5_vl_coco", "qwen3_vl_coco", "qwen2_5_vl", "qwen3_vl", "qwen3", "llama", "llama_tied", "qwen3_moe",
              "qwen3_vl_moe"]
 )  # fmt: skip
-def test_exact_mode_is_modelopt(name: str, source_of: Callable, warm: Warm, peers: Warm, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", source_of(name), tmp_path / "ours", EXACT)
+def test_exact_mode_is_modelopt(
+    name: str, long: bool, source_of: Callable, warm: Warm, peers: Warm, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", source_of(name), tmp_path / "ours", 256 if long else 48, EXACT)
     done = warm(recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     theirs = peers(recipe, tmp_path / "theirs", code=IN_MEMORY, cwd=tmp_path)

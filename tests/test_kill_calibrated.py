@@ -20,7 +20,7 @@ from tests.warm import Process, Warm
 pytestmark = pytest.mark.kill
 
 KILLS, MORE = 2, 10  # for each backend; the second with --long
-SAMPLES, MORE_SAMPLES = 300, 1200
+SAMPLES, MORE_SAMPLES = 100, 1200
 SAVE_ALWAYS = {"PIPELINE_SAVE_SECONDS": "0"}
 CAPTIONS = SHARED / "data" / "coco" / "captions_val2017.json"
 
