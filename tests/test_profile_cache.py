@@ -1,19 +1,25 @@
-"""What a token and a sequence take of the KV cache: as vLLM counts them, for every kind of attention."""
+"""What the KV cache takes of a token and a sequence: bounds, and vLLM's own figure, for every kind of attention."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.errors import UsageError
+from pipeline.recipe import recipe
 from pipeline.recipe.sections import Serve
 from pipeline.serving import profile
-from pipeline.vllm_env import environment as servers
+from pipeline.serving.cache_need import CacheNeed, cache_need
+from pipeline.serving.profile_check import hold_against
+from pipeline.verify.verify import verify
+from pipeline.vllm_env.worker import VllmWorker
 from tests.shapes import SHAPES, TEXT, VISION, made
+
+RECIPE = "model: {{source: x}}\noutput: y\nbackend: modelopt\nscheme: fp8\ncalibration: {{}}\nserve: {serve}\n"
 
 
 def test_bytes_of_a_token() -> None:
@@ -57,44 +63,55 @@ def test_the_cache_of_models_as_the_hub_has_them(name: str) -> None:
         made(config, "{gpu_memory: 2GB}")
 
 
-def test_layers_with_a_window_keep_the_window() -> None:
-    """Gemma 3 27B in FP8: 10 layers keep all, 52, in six groups of ten, the window and two steps on their way."""
-    page = 16 * 16 * 256  # tokens of a block, KV heads, keys and values
-    for gpu, step in (("40GB", 2048), ("80GB", 8192), ("190GB", 16384)):
-        cache = profile.fit(Serve(gpu_memory=gpu), SHAPES["gemma3_27b"], 10**9, True).cache
-        kept = 1024 - 1 + 2 * step
-        assert cache.kept == kept
-        assert cache.sequence(65536) == page * (10 * 4096 + 60 * (-(-kept // 16) + 1))
-        assert cache.sequence(512) == page * (10 * 32 + 60 * 33)
-    room = cache.sequence(65536)
-    assert cache.longest(room, 131072) == 65536 and cache.longest(room - 1, 131072) == 65520
-    serve = Serve(extra={"max-num-batched-tokens": 512})
-    assert profile.fit(serve, SHAPES["gemma3_27b"], 10**9, True).cache.kept == 1023 + 1024
-    serve = Serve(extra={"disable-hybrid-kv-cache-manager": True})
-    assert profile.fit(serve, SHAPES["gemma3_27b"], 10**9, True).cache.sequence(1600) == 1600 * 62 * 16 * 256
+def test_layers_with_a_window_are_bounds() -> None:
+    """Gemma 3 27B in FP8: 10 layers keep all, 52 a window at least; ten more by vLLM's groups."""
+    layer = 16 * 256  # bytes of a token: KV heads, keys and values
+    cache = profile.fit(Serve(gpu_memory="40GB"), SHAPES["gemma3_27b"], 10**9, True).cache
+    assert (cache.layers, cache.full, cache.sliding, cache.window) == (62, 10, 52, 1024)
+    assert cache.at_least(65536) == layer * (10 * 65536 + 52 * 1024)
+    assert cache.at_least(512) == layer * 62 * 512
+    assert cache.at_most(65536) == layer * (62 + 10) * (65536 + profile.BLOCK)
     mistral = {**TEXT, "sliding_window": 4096, "model_type": "mistral"}
     cache = profile.fit(Serve(), mistral, 10**9, True).cache
-    assert (cache.full, cache.sliding) == (0, 36)
-    assert profile.fit(Serve(), {**mistral, "use_sliding_window": False}, 10**9, True).cache.full == 36
+    assert (cache.layers, cache.full, cache.sliding) == (36, 0, 36)
+    cache = profile.fit(Serve(), {**mistral, "use_sliding_window": False}, 10**9, True).cache
+    assert (cache.full, cache.sliding) == (36, 0)
     remote = {**mistral, "model_type": "of its own", "sliding_window_pattern": 6}
     cache = profile.fit(Serve(), remote, 10**9, True).cache
     assert (cache.full, cache.sliding) == (6, 30)
 
 
-def test_a_step_is_as_long_as_vllm_makes_it() -> None:
-    """vLLM 0.32.0 was seen to take 4,096 tokens a step in throughput mode where 2,048 are its default."""
+@pytest.mark.parametrize(
+    ("more", "full"),
+    [
+        ({"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 9}, 9),
+        ({"layer_types": ["chunked_attention", "full_attention"] * 18}, 18),
+        ({"layer_types": ["full_attention"] * 36, "num_kv_shared_layers": 10}, 26),
+        ({"model_type": "qwen3_next", "full_attention_interval": 4}, 9),
+    ],
+)
+def test_what_may_keep_no_tokens_refuses_nothing(more: dict[str, Any], full: int) -> None:
+    """Linear and chunked attention, and layers that use the cache of others, count for the upper bound alone."""
+    cache = profile.fit(Serve(), {**TEXT, **more}, 10**9, True).cache
+    assert (cache.layers, cache.full, cache.sliding) == (36, full, 0)
+    assert cache.at_least(4096) == full * cache.layer * 4096 < cache.at_most(4096)
 
-    def kept(serve: dict[str, Any]) -> int:
-        found = profile.fit(Serve(gpu_memory="40GB", **serve), SHAPES["gemma3_27b"], 10**9, True)
-        return found.cache.kept - 1023
 
-    assert kept({"extra": {"performance-mode": "throughput"}}) == 2 * 4096
-    assert kept({"extra": {"performance-mode": "balanced"}}) == 2 * 2048
-    assert kept({"extra": {"performance-mode": "throughput", "max-num-batched-tokens": 512}}) == 2 * 512
-    for whole in ({"enable-chunked-prefill": False}, {"no-enable-chunked-prefill": True}):
-        assert kept({"extra": whole}) == 2 * 32768
-        assert kept({"extra": whole, "max_model_len": 100_000}) == 2 * 100_000
-        assert kept({"extra": whole, "max_model_len": 1000}) == 2 * 2048
+def test_a_length_is_chosen_by_what_is_needed_at_most_and_refused_by_what_is_needed_at_least() -> None:
+    """Gemma 3 27B beside 27 GB of weights: there may be room for longer sequences than the chosen ones."""
+    config, weights, gpu = SHAPES["gemma3_27b"], 27 * 10**9, "40GB"
+    found = profile.fit(Serve(gpu_memory=gpu), config, weights, True)
+    assert found.room is not None
+    told = made(config, f"{{gpu_memory: {gpu}}}", weights)
+    chosen = told["max-model-len"]
+    assert found.cache.at_most(chosen) <= found.room < found.cache.at_most(chosen + 1024) and chosen % 1024 == 0
+    assert "254 kB at most" in told["comments"] and "GB at most." in told["comments"]
+    assert "there is room for at least " in told["comments"]
+    longer = 2 * chosen
+    assert found.cache.at_most(longer) > found.room >= found.cache.at_least(longer)
+    assert made(config, f"{{gpu_memory: {gpu}, max_model_len: {longer}}}", weights)["max-model-len"] == longer
+    with pytest.raises(UsageError, match=r"one sequence of 131,072 tokens takes at least 5\.6 GB of cache, 5\.5 GB"):
+        made(config, f"{{gpu_memory: {gpu}, max_model_len: 131072}}", weights)
 
 
 @pytest.mark.parametrize(
@@ -135,52 +152,117 @@ def test_a_model_that_nothing_is_known_of() -> None:
     assert profile.cache_bytes_per_token({"model_type": "llama", "num_hidden_layers": "many"}, 2) == 0
 
 
-# vLLM's own count: its cache specs, its groups and its bytes of one longest sequence
-VLLM = """
-import json, sys, torch
-from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import _max_memory_usage_bytes_from_groups, get_kv_cache_groups
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
-told = {}
-for path in sys.argv[2:]:
-    config = EngineArgs(model=path, max_num_batched_tokens=512, skip_tokenizer_init=True).create_engine_config()
-    model, text = config.model_config, config.model_config.hf_text_config
-    heads = 1 if model.use_mla else model.get_num_kv_heads(config.parallel_config)
-    page = dict(block_size=16, num_kv_heads=heads, head_size=model.get_head_size(), dtype=torch.bfloat16)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * model.model_arch_config.total_num_hidden_layers
-    specs = {}
-    for layer, kind in enumerate(kinds):
-        if model.use_mla:
-            specs[str(layer)] = MLAAttentionSpec(**page)
-        elif kind == "sliding_attention" or config.cache_config.sliding_window:
-            specs[str(layer)] = SlidingWindowSpec(sliding_window=text.sliding_window, **page)
-        else:
-            specs[str(layer)] = FullAttentionSpec(**page)
-    config.cache_config.kv_cache_layout = "LBNHC"
-    groups, bytes_of = get_kv_cache_groups(config, specs), {}
-    for length in (1000, 4096):
-        model.max_model_len = length
-        bytes_of[length] = _max_memory_usage_bytes_from_groups(config, groups)
-    token = sum(spec.page_size_bytes for spec in specs.values()) // 16
-    told[path] = {"flight": config.max_in_flight_tokens, "sequences": bytes_of, "token": token}
-json.dump(told, open(sys.argv[1], "w"))
-"""
+# --- what vLLM says itself ---------------------------------------------------------------------------
+
+
+def need_of(answer: dict[str, Any], text: str, weights: int) -> CacheNeed:
+    assert answer["error"] is None and answer["problem"] is None and answer["cache_error"] is None, answer
+    need = cache_need(answer, text, weights)
+    assert need is not None
+    return need
 
 
 @pytest.mark.vllm
-def test_vllm_counts_the_same_cache(tmp_path: Path, server: servers.VllmEnvironment) -> None:
+def test_vllms_own_figure_is_within_the_bounds(tmp_path: Path, session: VllmWorker) -> None:
+    serves = (
+        "{max_model_len: 4096}",
+        "{max_model_len: 4096, tensor_parallel_size: 2, kv_cache_dtype: bfloat16}",
+        "{max_model_len: 1000, extra: {max-num-batched-tokens: 512, no-enable-chunked-prefill: false}}",
+    )
+    rows, jobs = [], []
     for name, config in SHAPES.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    paths = [str(tmp_path / name) for name in SHAPES]
-    done = subprocess.run([server.python, "-c", VLLM, tmp_path / "told.json", *paths], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for path, told in json.loads((tmp_path / "told.json").read_text()).items():
-        config = SHAPES[Path(path).name]
-        assert profile.cache_bytes_per_token(config, 2) == told["token"], path
-        cache = profile._cache(profile._language(config), 2, 1, told["flight"])
-        for length, count in told["sequences"].items():
-            assert cache.sequence(int(length)) == count, (path, length)
+        for serve in serves:
+            read = recipe.parse(RECIPE.format(serve=serve))
+            path = tmp_path / f"{len(jobs)}.yaml"
+            path.write_text(profile.write(read, config, 10**9))
+            jobs.append({"kind": "arguments", "profile": str(path), "checkpoint": str(tmp_path / name)})
+            rows.append((name, read.serve, path.read_text()))
+    for (name, serve, text), answer in zip(rows, session.run(jobs, parallel=2), strict=True):
+        need, cache = need_of(answer, text, 10**9), profile.fit(serve, SHAPES[name], 10**9, True).cache
+        width = 2 if serve.kv_cache_dtype == "bfloat16" else 1
+        parallel = serve.tensor_parallel_size
+        assert need.bytes_per_token == profile.cache_bytes_per_token(SHAPES[name], width, parallel), (name, serve)
+        assert need.max_model_len == serve.max_model_len and need.gpus == parallel and need.sequences is None
+        taken = need.bytes_per_sequence
+        assert cache.at_least(need.max_model_len) <= taken <= cache.at_most(need.max_model_len), (name, serve)
+        if not cache.sliding and need.max_model_len % profile.BLOCK == 0:
+            assert taken == cache.at_most(need.max_model_len), (name, serve)
+
+
+@pytest.mark.vllm
+def test_vllms_own_figure_against_the_stated_gpu(tmp_path: Path, session: VllmWorker) -> None:
+    """Gemma 3 27B with two whole prompts on their way: more than the plan could refuse."""
+    config, weights = SHAPES["gemma3_27b"], 27 * 10**9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    serve = "{{gpu_memory: 40GB, max_model_len: {length}, extra: {{max-num-batched-tokens: 65536}}}}"
+    texts = {
+        length: profile.write(recipe.parse(RECIPE.format(serve=serve.format(length=length))), config, weights)
+        for length in (8192, 65536)
+    }
+    fits = hold_against(session, texts[8192], tmp_path, weights)
+    need = need_of(fits, texts[8192], weights)
+    assert need.gpu_memory == "40GB" and need.sequences is not None and 1 < need.sequences < 4
+    assert need.sentence.startswith("needs ") and need.sentence.endswith(" for one sequence of 8,192 tokens")
+    assert need.as_json()["sequences"] == need.sequences
+    refused = hold_against(session, texts[65536], tmp_path, weights)
+    assert refused["error"] is None and "for one sequence of 65,536 tokens, and 5.5" in refused["problem"], refused
+    assert "of 40GB x 0.92 are left beside the weights" in refused["problem"]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "extra", ["{pipeline-parallel-size: 2}", "{data-parallel-size: 2, data-parallel-backend: ray}"]
+)
+def test_a_cache_that_is_divided_otherwise_has_no_figure(tmp_path: Path, session: VllmWorker, extra: str) -> None:
+    config = SHAPES["llama"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = profile.write(recipe.parse(RECIPE.format(serve=f"{{gpu_memory: 80GB, extra: {extra}}}")), config, 10**9)
+    answer = hold_against(session, text, tmp_path, 10**9)
+    assert answer["error"] is None and answer["problem"] is None and answer["cache"] is None, answer
+    assert "is not counted" in answer["cache_error"] and cache_need(answer, text, 10**9) is None
+
+
+@pytest.mark.vllm
+def test_a_verification_reports_vllms_own_figure(
+    tmp_path: Path, small_model: Any, quantize_here: Any, write_recipe: Any, session: VllmWorker
+) -> None:
+    done = quantize_here(write_recipe(small_model("qwen3"), more="serve: {gpu_memory: 24GB}\n"), "verify=load")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    report = json.loads((out / "quantize/verify.json").read_text())
+    figure, serve_yaml = report["vllm"]["serve_config"], out / "quantize/serve.yaml"
+    told = yaml.safe_load(serve_yaml.read_text())
+    assert figure["max_model_len"] == told["max-model-len"] and figure["gpu_memory"] == "24GB"
+    (line,) = [line for line in report["checked"] if " of cache for one sequence of " in line]
+    assert line.startswith(f"quantize/serve.yaml: {session.server.name} needs ")
+    assert line.endswith(f"; {figure['sequences']:.1f} such sequences fit (24GB x 0.92)")
+
+    serve_yaml.write_text(serve_yaml.read_text().replace("# In 24GB there", "# In 4GB there"))
+    again = verify(out, None, "load", session)
+    (finding,) = [finding for finding in again.findings if again.level_of(finding) == "problem"]
+    assert finding.code == "serve-config-too-large" and finding.subject == "quantize/serve.yaml"
+    assert "and 0 B of 4GB x 0.92 are left" in finding.text and not again.proven_in_vllm
+
+
+def test_a_figure_without_a_gpu_or_of_a_vllm_that_gives_none() -> None:
+    parsed = {"kv_cache_dtype": "fp8", "max_model_len": 4096, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 2}
+    cache = {"bytes_per_token": 1000, "bytes_per_sequence": 4_096_000, "max_model_len": 4096, "block": 16}
+    answer = {"parsed": parsed, "cache": cache}
+    need = cache_need(answer, "kv-cache-dtype: fp8\n", 10**9)
+    assert need is not None and need.problem is None and need.sequences is None
+    assert need.sentence == "needs 4.1 MB of cache on each of 2 GPUs for one sequence of 4,096 tokens"
+    assert cache_need({**answer, "cache": None}, "", 10**9) is None
+    assert cache_need({"parsed": None}, "", 10**9) is None
+    head = "# In {} there is room for about 5 tokens of cache: 1.0 sequences of full length.\n"
+    tight = cache_need(answer, head.format("9GB"), 10**9)
+    assert tight is not None and tight.problem is not None and tight.sequences == 0
+    assert tight.problem.endswith("and 0 B of 9GB x 0.5 are left beside the weights and 4.29 GB for vLLM")
+    roomy = cache_need(answer, head.format("20GB"), 10**9)
+    assert roomy is not None and roomy.problem is None
+    assert roomy.room == 10**10 - 5 * 10**8 - profile.OVERHEAD and roomy.sequences == roomy.room / 4_096_000
+    assert cache_need(answer, head.format("a lot"), 10**9) == need
 
 
 def test_the_cache_that_an_h200_was_seen_to_have() -> None:

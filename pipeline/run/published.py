@@ -99,7 +99,7 @@ def _write_profile(plan: Plan, output: Path, console: Console, server: VllmEnvir
     said = "" if server is None else f", which {server.name} takes"
     if server is not None:
         with VllmWorker(server) as session:
-            answer = hold_against(session, text, output)
+            answer = hold_against(session, text, output, plan.output_nbytes)
         if answer["error"]:
             said = f"; it was not held against {server.name}: {answer['error']}"
         elif answer["problem"]:

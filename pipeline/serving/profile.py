@@ -1,18 +1,20 @@
 """The serving profile: quantize/serve.yaml, for ``vllm serve DIR --config DIR/quantize/serve.yaml``.
 
 What the recipe's ``serve`` says, and for the rest what the checkpoint implies. Names are those of vLLM's arguments;
-`vllm_env.jobs.arguments` holds a profile against the vLLM that is installed.
+`vllm_env.jobs.arguments` holds a profile against the vLLM that is installed, and asks it what the KV cache takes. Here
+are bounds of that: a plan is refused for what is needed at least, a length is chosen by what is needed at most.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,49 +36,54 @@ UNSAID = 2048  # tokens of context that vLLM takes where nothing says how many p
 # Beside weights and cache on each GPU: CUDA's context, graphs and the activations of the longest prefill.
 # On an H200 with vLLM 0.24.0 and 8192 tokens a prefill it was measured below this for a 3B model; see docs/serving.md.
 OVERHEAD = 4 << 30
-BLOCK = 16  # tokens that vLLM allots at once
+BLOCK = 128  # tokens that vLLM allots at once, at most
 # where vLLM 0.32 looks for the number of positions; the least of them counts
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
               "max_sequence_length", "max_seq_length", "seq_len")  # fmt: skip
 # where it counts these scaled already, or there is nothing to scale; of any other kind it multiplies them by the factor
 _ROPE_UNSCALED = ("default", "mrope", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 _SLIDING = ("sliding_window", "layer_types")
+_KINDS = ("sliding_window", "attention_chunk_size", "full_attention_interval")  # not every layer keeps every token
 _BY_CLASS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
-             "max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim", "rope_parameters", *_SLIDING)  # fmt: skip
+             "max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim", "num_kv_shared_layers", "rope_parameters",
+             *_SLIDING)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cache:
-    """vLLM's KV cache of a model on one GPU, counted as its own cache specs do.
+    """What the KV cache of a model takes on one GPU.
 
     Attributes:
-        layer: bytes that a token takes in one layer; 0 where neither config.json nor transformers tells.
-        full: layers that keep every token.
-        sliding: layers that keep no more than `kept`.
-        kept: tokens: a sliding window, and those that are being computed.
+        layer: bytes of a token in one layer; 0 where neither config.json nor transformers tells.
+        layers: all that may keep a token.
+        full: those that keep every token for certain.
+        sliding: those that keep the tokens of a window.
+        window: its tokens.
     """
 
     layer: int
+    layers: int
     full: int
     sliding: int = 0
-    kept: int = 0
+    window: int = 0
 
     @property
     def per_token(self) -> int:
         """Bytes of a token that all layers keep."""
-        return self.layer * (self.full + self.sliding)
+        return self.layer * self.layers
 
-    def sequence(self, length: int) -> int:
-        """Bytes of one sequence of `length` tokens."""
-        full, sliding = _in_groups(self.full, self.sliding)
-        blocks = full * -(-length // BLOCK)
-        if sliding:  # and a block more, since a window begins anywhere in one
-            blocks += sliding * (-(-min(length, self.kept) // BLOCK) + 1)
-        return self.layer * BLOCK * blocks
+    def at_most(self, length: int) -> int:
+        """Bytes of one sequence of `length` tokens if every layer keeps all of it.
 
-    def longest(self, room: int, most: int) -> int:
-        """Tokens of the longest sequence that fits into `room` bytes, `most` at most."""
-        return bisect_right(range(1, most + 1), room, key=self.sequence)
+        Where there are two kinds of layers vLLM fills groups of them up, with fewer than there are of the rarer kind,
+        and a window begins anywhere in a block.
+        """
+        blocks = -(-length // BLOCK) + (self.layers > self.full)
+        return self.layer * (self.layers + min(self.full, self.layers - self.full)) * blocks * BLOCK
+
+    def at_least(self, length: int) -> int:
+        """Bytes that one sequence of `length` tokens takes in any case."""
+        return self.layer * (self.full * length + self.sliding * min(length, self.window))
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,14 @@ def cache_bytes_per_token(config: Mapping[str, Any], width: int, parallel: int =
 
     Keys and values, ``num_key_value_heads * head_dim`` of each a layer; heads are divided over GPUs and repeated where
     there are fewer heads than GPUs. Multi-head latent attention keeps one vector a layer, whole on every GPU. Layers
-    with a sliding window count in full; see `Cache.sequence`.
+    with a sliding window count in full.
 
     Args:
         config: the checkpoint's.
         width: bytes a value: 1 in FP8, 2 in BF16.
         parallel: GPUs that share the model.
     """
-    return _cache(_language(config), width, parallel, 0).per_token
+    return _cache(_language(config), width, parallel).per_token
 
 
 def cache_dtype(serve: Serve, fp8_cache: bool) -> str:
@@ -136,13 +143,25 @@ def fit(serve: Serve, config: Mapping[str, Any], weights: int, fp8_cache: bool) 
     """
     share = -(-weights // serve.tensor_parallel_size)
     width = 1 if _is_narrow(serve, fp8_cache) else 2
-    text = _language(config)
-    cache = _cache(text, width, serve.tensor_parallel_size, _in_flight(serve, text))
-    if cache.full and serve.extra.get("disable-hybrid-kv-cache-manager") is True:  # all layers keep all then
-        cache = replace(cache, full=cache.full + cache.sliding, sliding=0)
+    cache = _cache(_language(config), width, serve.tensor_parallel_size)
     if serve.gpu_memory is None:
         return Fit(share, cache, None)
-    return Fit(share, cache, int(parse_size(serve.gpu_memory) * serve.gpu_memory_utilization) - share - OVERHEAD)
+    return Fit(share, cache, cache_room(serve.gpu_memory, serve.gpu_memory_utilization, share))
+
+
+def cache_room(gpu_memory: str, utilization: float, weights: int) -> int:
+    """Bytes that one GPU has for the cache, beside `weights` bytes of the model and vLLM's own; may be negative.
+
+    Raises:
+        ValueError: `gpu_memory` is no size.
+    """
+    return int(parse_size(gpu_memory) * utilization) - weights - OVERHEAD
+
+
+def stated_memory(text: str) -> str | None:
+    """The GPU's memory that a profile was written for: its head says it, since no argument of vLLM's does."""
+    found = re.search(r"^# In (.+) there is room for ", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, fp8_cache: bool) -> dict[str, Any]:
@@ -218,15 +237,15 @@ def _memory(serve: Serve, found: Fit, length: int, fp8_cache: bool) -> list[str]
     if not cache.per_token:
         held = "the weights alone were held against the GPU" if found.room is not None else "no length was checked"
         return [f"{weights}; neither config.json nor transformers tells what a token of cache takes: {held}."]
-    kind, one = "FP8" if _is_narrow(serve, fp8_cache) else "BF16", cache.sequence(length)
-    most = " at most" if cache.sliding else ""
+    kind, one = "FP8" if _is_narrow(serve, fp8_cache) else "BF16", cache.at_most(length)
+    most, more = (" at most", " at least") if cache.layers > cache.full else ("", " about")
     lines = [
         f"{weights}; a token of {kind} cache {cache.per_token / 1e3:.0f} kB{most}, a sequence of {length:,} tokens "
-        f"{one / 1e9:.1f} GB."
+        f"{one / 1e9:.1f} GB{most}."
     ]
     if found.room is not None:
         lines.append(
-            f"# In {serve.gpu_memory} there is room for about {int(found.room / one * length):,} tokens of cache: "
+            f"# In {serve.gpu_memory} there is room for{more} {int(found.room / one * length):,} tokens of cache: "
             f"{found.room / one:.1f} sequences of full length."
         )
     return lines
@@ -240,8 +259,8 @@ def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A nested part is saved without what its class has as default: LLaVA's and Gemma 3's on the hub name neither heads
     nor positions; a flat config is saved whole, so that the class is asked, which takes seconds and torch, only where
-    layers or heads go by other names. Whether layers have a sliding window is the class's word, where it is not said
-    layer by layer.
+    layers or heads go by other names. Which layers have a sliding window, or no such cache at all, is the class's word,
+    where it is not said layer by layer.
     """
     text = text_config(config)
     needed = ["num_hidden_layers", "num_attention_heads"]
@@ -249,8 +268,8 @@ def _language(config: Mapping[str, Any]) -> Mapping[str, Any]:
         needed += ["num_key_value_heads", "max_position_embeddings"]
     if text.get("head_dim") is None:
         needed.append("hidden_size")
-    windows = bool(text.get("sliding_window")) and not text.get("layer_types")
-    if not windows and all(text.get(key) is not None for key in needed):
+    kinds = any(text.get(key) for key in _KINDS) and not text.get("layer_types")
+    if not kinds and all(text.get(key) is not None for key in needed):
         return text
     known = _by_class(text if "model_type" in text else config)
     said = {key: value for key, value in text.items() if value is not None and not (known and key in _SLIDING)}
@@ -302,7 +321,7 @@ def _count(part: Mapping[str, Any], key: str) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def _cache(text: Mapping[str, Any], width: int, parallel: int, in_flight: int) -> Cache:
+def _cache(text: Mapping[str, Any], width: int, parallel: int) -> Cache:
     layers, heads = _count(text, "num_hidden_layers"), _count(text, "num_attention_heads")
     if latent := _count(text, "kv_lora_rank"):
         each = latent + _count(text, "qk_rope_head_dim")
@@ -310,41 +329,12 @@ def _cache(text: Mapping[str, Any], width: int, parallel: int, in_flight: int) -
         head = _count(text, "head_dim") or (_count(text, "hidden_size") // heads if heads else 0)
         each = 2 * -(-(_count(text, "num_key_value_heads") or heads) // parallel) * head
     window = 0 if text.get("use_sliding_window") is False else _count(text, "sliding_window")
-    sliding = _sliding(text, layers) if window else 0
-    return Cache(each * width, layers - sliding, sliding, window - 1 + in_flight)
-
-
-def _sliding(text: Mapping[str, Any], layers: int) -> int:
-    """How many layers of a model with a sliding window use it, as vLLM 0.32 takes it: all, if none is told apart."""
-    if isinstance(types := text.get("layer_types"), list):
-        return min(layers, types.count("sliding_attention"))
-    pattern = _count(text, "sliding_window_pattern")
-    return layers - layers // pattern if pattern else layers
-
-
-def _in_groups(full: int, sliding: int) -> tuple[int, int]:
-    """vLLM allots layers of two kinds in groups of one size, and fills the last group of each kind up."""
-    if not full or not sliding:
-        return full, sliding
-    few, many = sorted((full, sliding))
-    size = many if many < 1.5 * few else few
-    return -(-full // size) * size, -(-sliding // size) * size
-
-
-def _in_flight(serve: Serve, text: Mapping[str, Any]) -> int:
-    """Tokens that are being computed while older ones leave a window: vLLM's two steps of max-num-batched-tokens.
-
-    Its default depends on the GPU's memory (an H100's where none is stated) and on the performance mode. Without
-    chunked prefill a step takes a whole prompt.
-    """
-    if step := _count(serve.extra, "max-num-batched-tokens"):
-        return 2 * step
-    memory = parse_size(serve.gpu_memory) if serve.gpu_memory is not None else 80 * 10**9
-    step = 16384 if memory >= 160 << 30 else 8192 if memory >= 70 << 30 else 2048
-    if serve.extra.get("performance-mode") == "throughput":
-        step *= 2
-    whole = serve.extra.get("enable-chunked-prefill") is False or serve.extra.get("no-enable-chunked-prefill") is True
-    return 2 * (max(step, _wanted(serve, text)) if whole else step)
+    if isinstance(kinds := text.get("layer_types"), list):
+        own = kinds[: max(0, layers - _count(text, "num_kv_shared_layers"))]  # the last ones use the cache of others
+        return Cache(each * width, layers, own.count("full_attention"), own.count("sliding_attention"), window)
+    pattern = _count(text, "sliding_window_pattern")  # one layer in so many has none; without it, all have one
+    full = (layers // pattern if pattern else 0) if window else layers
+    return Cache(each * width, layers, full, layers - full, window)
 
 
 def _is_narrow(serve: Serve, fp8_cache: bool) -> bool:
@@ -443,16 +433,21 @@ def _length(serve: Serve, text: Mapping[str, Any], found: Fit) -> int:
             f"vLLM do not fit into {stated}",
             remedy="raise serve.tensor_parallel_size or serve.gpu_memory_utilization",
         )
-    fits = found.cache.longest(found.room, length)
-    if serve.max_model_len is None and fits < length:
+    if serve.max_model_len is None and (fits := _longest(found.cache.at_most, found.room, length)) < length:
         length = max(min(length, 1024), fits // 1024 * 1024)
-    if fits < length:
+    if (fits := _longest(found.cache.at_least, found.room, length)) < length:
+        least = " at least" if found.cache.layers > found.cache.full else ""
         raise UsageError(
-            f"serve.max_model_len: one sequence of {length:,} tokens takes {found.cache.sequence(length) / 1e9:.1f} GB "
-            f"of cache, {found.room / 1e9:.1f} GB of {stated} are left beside the weights{parallel}: at most "
-            f"{fits:,} tokens"
+            f"serve.max_model_len: one sequence of {length:,} tokens takes{least} "
+            f"{found.cache.at_least(length) / 1e9:.1f} GB of cache, {found.room / 1e9:.1f} GB of {stated} are left "
+            f"beside the weights{parallel}: at most {fits:,} tokens"
         )
     return length
+
+
+def _longest(bytes_of: Callable[[int], int], room: int, most: int) -> int:
+    """Tokens of the longest sequence whose `bytes_of` fit into `room`, `most` at most."""
+    return bisect_right(range(1, most + 1), room, key=bytes_of)
 
 
 # --- YaRN --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""vLLM's word on the arguments of a serve config."""
+"""vLLM's word on a serve config: its arguments, and whether the GPU that was stated holds its KV cache."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from pipeline.checkpoint.result import PROFILE
 from pipeline.errors import UsageError
 from pipeline.plan.plan import Plan
 from pipeline.serving import profile
+from pipeline.serving.cache_need import cache_need
 from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 
 EARLY = 1 << 30  # bytes of a source from which on a start of vLLM, for the profile alone, is little beside the work
 
 
-def hold_against(session: VllmWorker, text: str, checkpoint: Path) -> dict[str, Any]:
-    """A profile against the arguments of a vLLM; see vllm_env/jobs/arguments.py.
+def hold_against(session: VllmWorker, text: str, checkpoint: Path, weights: int) -> dict[str, Any]:
+    """A profile against a vLLM: see vllm_env/jobs/arguments.py; a cache that does not fit is a ``problem``, too.
 
     Args:
         session: of that vLLM.
         text: of the profile.
         checkpoint: a directory, of which config.json is read.
+        weights: bytes of the result.
     """
     with tempfile.TemporaryDirectory(prefix="profile-") as place:
         path = Path(place) / Path(PROFILE).name
         path.write_text(text, encoding="utf-8")
         (answer,) = session.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(checkpoint.absolute())}])
+    need = cache_need(answer, text, weights)
+    if need is not None and answer["problem"] is None:
+        answer["problem"] = need.problem
     return answer
 
 
@@ -61,7 +66,7 @@ def profile_in_time(
 
     def ask(session: VllmWorker) -> None:
         try:
-            answer = hold_against(session, text, plan.checkpoint.root)
+            answer = hold_against(session, text, plan.checkpoint.root, plan.output_nbytes)
         finally:
             end()
         if not answer.get("error") and (problem := answer.get("problem")):

@@ -173,6 +173,9 @@ SECTIONS: dict[str, dict[str, Code]] = {
         "attention-not-judged": _note("vLLM runs this model's attention in a way whose scales are not looked at."),
         "serve-config-unscaled": _problem("The serve config asks for an FP8 KV cache, but there are no KV scales."),
         "serve-config-refused": _problem("vLLM refuses the arguments of the serve config."),
+        "serve-config-too-large": Code(
+            "problem", "note", "The GPU that the serve config was written for cannot hold one sequence of full length."
+        ),
         "serve-config-not-checked": _note("The serve config's arguments could not be checked in vLLM."),
     },
     "Generating in vLLM": {

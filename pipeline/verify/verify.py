@@ -21,6 +21,7 @@ from pipeline.journal import read_identity
 from pipeline.machine.gpus import free_gpu_memory
 from pipeline.machine.memory import available_memory
 from pipeline.machine.system import default_threads
+from pipeline.serving.cache_need import cache_need
 from pipeline.serving.profile import cache_bytes_per_token
 from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure, read_back
@@ -184,8 +185,7 @@ def _load(
         )  # the longest job begins first
     records = session.run(jobs, parallel=min(2, default_threads()), seconds=_patience(result))
     answer = records.pop(0) if answers else None
-    if profile.exists():
-        _judge_profile(records.pop(), result, server, report)
+    served = _judge_profile(records.pop(), result, server, report) if profile.exists() else None
     baseline = records.pop(0) if source is not None else None
     loads = dict(zip(kinds, records, strict=True))
     loaded = judge_load(result, loads, baseline, report, clean)
@@ -194,6 +194,7 @@ def _load(
         "platform": records[0].get("platform"),
         "source": _short(baseline) if baseline is not None else None,
         "loads": {kv: _short(load) for kv, load in loads.items()},
+        "serve_config": served,
     }
     if loaded:
         report.level = "load"
@@ -265,7 +266,10 @@ def _add_source_fails_too(error: str, report: Report) -> None:
     report.add("vllm-cannot-run-source", "", text)
 
 
-def _judge_profile(record: dict[str, Any], result: Checkpoint, server: VllmEnvironment, report: Report) -> None:
+def _judge_profile(
+    record: dict[str, Any], result: Checkpoint, server: VllmEnvironment, report: Report
+) -> dict[str, Any] | None:
+    """Judge vLLM's word on the serve config; what it says of the cache, as plain data, or None where it does not."""
     cache = str((record.get("parsed") or {}).get("kv_cache_dtype"))
     if cache.startswith("fp8") and not has_cache_scales(result):
         text = f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0"
@@ -277,6 +281,16 @@ def _judge_profile(record: dict[str, Any], result: Checkpoint, server: VllmEnvir
         report.add("serve-config-refused", PROFILE, f"{PROFILE}: {server.name} refuses it: {record['problem']}")
     else:
         report.checked.append(f"{PROFILE}: {server.name} takes its arguments")
+    need = cache_need(record, (result.root / PROFILE).read_text(encoding="utf-8", errors="replace"), result.nbytes)
+    if need is None:
+        return None
+    if need.problem is not None:
+        remedy = "lower serve.max_model_len, or raise serve.gpu_memory_utilization or serve.tensor_parallel_size"
+        report.add("serve-config-too-large", PROFILE, f"{PROFILE}: {server.name} {need.problem}", remedy)
+    else:
+        fit = "" if need.sequences is None else f"; {need.sequences:.1f} such sequences fit ({need.share})"
+        report.checked.append(f"{PROFILE}: {server.name} {need.sentence}{fit}")
+    return need.as_json()
 
 
 def _cache_kinds(result: Checkpoint) -> list[str]:

@@ -1,4 +1,4 @@
-"""A serving profile against the arguments of the vLLM that is installed."""
+"""A serving profile against the vLLM that is installed: its arguments, and the KV cache that it takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from argparse import Action
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.vllm_env.jobs.cache import need
+from pipeline.vllm_env.jobs.load import sentence
 
 READ = ("kv_cache_dtype", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size")
 
@@ -22,7 +25,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``problem``: what vLLM's parser says of it, or what it would leave out in silence, or null; ``parsed``: what it
         reads, or null where it refuses: ``kv_cache_dtype``, ``max_model_len`` (tokens), ``gpu_memory_utilization`` and
-        ``tensor_parallel_size``; ``vllm``: the version.
+        ``tensor_parallel_size``; ``cache``: what one sequence takes, see `cache.need`, or null where this vLLM does not
+        tell; ``cache_error``: why not; ``vllm``: the version.
     """
     import vllm
     from vllm.engine.arg_utils import EngineArgs
@@ -34,6 +38,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
     said = io.StringIO()
     result: dict[str, Any] = {"error": None, "vllm": vllm.__version__, "problem": None, "parsed": None}
+    result |= {"cache": None, "cache_error": None}
     profile, result["problem"] = _read(Path(job["profile"]))
     if profile is None:
         return result
@@ -53,6 +58,11 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "validation error" not in line]
         result["problem"] = lines[0].partition(" [type=")[0] if lines else type(error).__name__
+    if result["problem"] is None:
+        try:
+            result["cache"] = need(EngineArgs.from_cli_args(parsed))
+        except Exception as error:  # another version, another machine than the one it is for: no figure, no finding
+            result["cache_error"] = sentence(error)
     return result
 
 

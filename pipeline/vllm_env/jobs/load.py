@@ -79,7 +79,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     try:
         result |= _load(job, tensors, seen)
     except Exception as error:  # vLLM raises what it likes; what it says is the finding
-        result["error"] = _sentence(error)
+        result["error"] = sentence(error)
     result["warnings"] = seen.lines
     result["seconds"] = {"imports": job["imports"], "check": time.monotonic() - begin}
     result["rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -103,9 +103,9 @@ def _load(job: dict[str, Any], tensors: dict[str, tuple[Path, Tensor]], seen: Wa
     ).create_engine_config()
     seen.attach()
     with set_current_vllm_config(config):
-        _alone()
-        with _default_dtype(config.model_config.dtype), torch.device("meta"):
-            model = _initialize(config)
+        alone()
+        with default_dtype(config.model_config.dtype), torch.device("meta"):
+            model = initialize(config)
         attention = _attention_layers(model)
         _real_cache_scales(attention, config.model_config.dtype)
         record = _Record(model)
@@ -113,7 +113,7 @@ def _load(job: dict[str, Any], tensors: dict[str, tuple[Path, Tensor]], seen: Wa
         try:
             model.load_weights(record.feed(tensors))
         except Exception as found:
-            error = _sentence(found) + (f" (at {record.current})" if record.current else "")
+            error = sentence(found) + (f" (at {record.current})" if record.current else "")
         sources = {
             name: {scale: record.sources.get(f"{name}.{scale}", [None])[0] for scale in CACHE_SCALES}
             for name, _ in attention
@@ -269,7 +269,7 @@ def _dtype(name: str) -> Any:
 # --- vLLM, 0.24 to 0.32 ------------------------------------------------------------------------------
 
 
-def _alone() -> None:
+def alone() -> None:
     """A process group of one."""
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
@@ -278,13 +278,15 @@ def _alone() -> None:
     ensure_model_parallel_initialized(1, 1)
 
 
-def _default_dtype(dtype: Any) -> Any:
+def default_dtype(dtype: Any) -> Any:
+    """A context in which torch makes tensors of this dtype."""
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     return set_default_torch_dtype(dtype)
 
 
-def _initialize(config: Any) -> Any:
+def initialize(config: Any) -> Any:
+    """vLLM's model for a config, without weights."""
     from vllm.model_executor.model_loader.utils import initialize_model
 
     return initialize_model(config)
@@ -303,7 +305,7 @@ def _real_cache_scales(attention: list[tuple[str, Any]], dtype: Any) -> None:
     """Cache scales in memory instead of on the meta device, made by vLLM's own method once more."""
     import torch
 
-    with _default_dtype(dtype), torch.device("cpu"):
+    with default_dtype(dtype), torch.device("cpu"):
         for _, layer in attention:
             for name in CACHE_SCALES:
                 setattr(layer, f"_{name}", torch.tensor(1.0, dtype=torch.float32))
@@ -321,7 +323,7 @@ def _finish(attention: list[tuple[str, Any]]) -> str | None:
             if getattr(layer, "quant_method", None) is not None and hasattr(layer, "k_scale"):
                 layer.quant_method.process_weights_after_loading(layer)
     except Exception as error:
-        return _sentence(error)
+        return sentence(error)
     return None
 
 
@@ -344,7 +346,8 @@ def _methods(model: Any) -> dict[str, str]:
     return found
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
+    """What an exception says, on one line; where it says nothing, the line that raised it."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if lines:
         return f"{type(error).__name__}: {' '.join(lines)[:500]}"
