@@ -259,7 +259,7 @@ def test_memory_that_runs_out(tmp_path: Path) -> None:
     and the report says so. The limit is of address space, put between what both were seen to take."""
     from tests.families import add_tokenizer
 
-    source = make_plain_checkpoint(tmp_path / "source", layers=2, hidden=64, wide=30_000, vocabulary=320,
+    source = make_plain_checkpoint(tmp_path / "source", layers=1, hidden=16, wide=30_000, vocabulary=320,
                                    config={"max_position_embeddings": 512})  # fmt: skip
     add_tokenizer(source)
     (tmp_path / "long.txt").write_text("\n".join(f"{number} " + "a word and " * 40 for number in range(100, 260)))
@@ -267,7 +267,7 @@ def test_memory_that_runs_out(tmp_path: Path) -> None:
     hungry.recipes.mkdir()
     recipe = hungry.recipes / "hungry.yaml"
     recipe.write_text(CALIBRATED.format(source=source, output=hungry.output("hungry"), backend="llmcompressor",
-                                        scheme="fp8_dynamic", captions=tmp_path / "long.txt", samples=120))  # fmt: skip
+                                        scheme="fp8_dynamic", captions=tmp_path / "long.txt", samples=36))  # fmt: skip
 
     def peak(tokens: int) -> int:
         """Of a run alone: the most address space in kB."""
