@@ -5,7 +5,8 @@
         cluster.nodes[1].kill()
 
 The nodes live on 127.0.0.2, 127.0.0.3 and so on, so that they differ as machines do. Ray's servers listen on every
-interface all the same, whatever address a node is given; what keeps others out is the token, new for each cluster.
+interface all the same, whatever address a node is given; what keeps others out is the token, new for each process of
+tests: Ray reads it once in a process, which may join several clusters, one after the other.
 
 All of a node's processes, and what its tasks started, carry the node's mark in their environment, so that none is
 missed when the node is lost or the test ends.
@@ -33,6 +34,7 @@ import pytest
 
 START_SECONDS = 60
 MARK = "RAY_CLUSTER_TEST_NODE"
+TOKEN = secrets.token_hex(32)
 
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
@@ -219,7 +221,7 @@ class Cluster:
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.token.touch(mode=0o600)
-        self.token.write_text(secrets.token_hex(32))
+        self.token.write_text(TOKEN)
         # Sockets lie below, and a socket's path has room for 107 bytes; a test's own directory is too deep.
         self._scratch = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         # Port 0: a free one that Ray finds itself, so that two clusters never race for it.
