@@ -107,10 +107,10 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         wanted = recipes.load(recipe, overrides)
         made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
         runner.preflight(made)
-        server = find_environment(wanted)
-        return made, server, estimate_by_rule(made, "structure" if server is None else wanted.verify)
+        environment = find_environment(wanted)
+        return made, environment, estimate_by_rule(made, "structure" if environment is None else wanted.verify)
 
-    made, server, estimate = _guarded(make)
+    made, environment, estimate = _guarded(make)
     if as_json:
         click.echo(json.dumps(plan_as_json(made, estimate)))
         return
@@ -118,7 +118,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     console = Console()
     console.show_plan_table(made)
-    console.say(how_verified(made.recipe, server))
+    console.say(how_verified(made.recipe, environment))
     console.show_estimate(estimate)
 
 
@@ -146,17 +146,17 @@ def verify(
     from pipeline.checkpoint import hub
     from pipeline.report.console import Console
     from pipeline.verify import verify
-    from pipeline.vllm_env import environment as server
+    from pipeline.vllm_env.environment import find
     from pipeline.vllm_env.worker import VllmWorker
 
     console = Console()
 
     def check() -> Any:
-        found = None if level == "structure" else server.find(vllm_python, "--vllm-python")
+        found = None if level == "structure" else find(vllm_python, "--vllm-python")
         original = hub.resolve(source, revision) if source else None
         say = (lambda text: None) if as_json else console.say
-        with VllmWorker(found) if found is not None else nullcontext() as session:
-            return verify.verify(checkpoint, original, cast(verify.Level, level), session, contents=True, say=say)
+        with VllmWorker(found) if found is not None else nullcontext() as worker:
+            return verify.verify(checkpoint, original, cast(verify.Level, level), worker, contents=True, say=say)
 
     report = _guarded(check, NOTHING_KEPT)
     if as_json:

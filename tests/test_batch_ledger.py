@@ -57,7 +57,7 @@ def test_a_changed_recipe_has_a_new_chance(tmp_path: Path) -> None:
     book.records["one"].changed = ("calibration.batch_tokens=1024",)
     book.settle(book.records["one"], "failed", "verification", "wrong")
     book.close()
-    for text, status, changed in (("wrong", "failed", ("calibration.batch_tokens=1024",)), ("mended", "waiting", ())):
+    for text, status, changed in (("wrong", "failed", ("calibration.batch_tokens=1024",)), ("fixed", "waiting", ())):
         recipe.write_text(text)
         book = ledger.Ledger.open(tmp_path / "b", [Job("one", recipe, ())])
         assert (book.records["one"].status, book.records["one"].changed) == (status, changed)

@@ -19,7 +19,7 @@ from tests.batch_runs import wait_for
 from tests.conftest import RECIPE, make_plain_checkpoint
 from tests.ray_cluster import Cluster, skip_without_ray
 
-pytestmark = pytest.mark.night
+pytestmark = pytest.mark.batch
 
 QUIET = 40.0  # seconds; a connection whose keepalive pings come too often is closed after some 25
 

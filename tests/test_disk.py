@@ -32,7 +32,7 @@ def test_too_little_disk_is_refused_before_the_first_byte(
     assert list(small.iterdir()) == [] and [path.name for path in full.iterdir()] == ["filler"]
 
 
-def test_a_disk_that_fills_up_and_is_mended(mounted: Any, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+def test_a_disk_that_fills_up_and_is_fixed(mounted: Any, tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
     """Another program takes the space while the stream runs; once it gives it back, the run goes on."""
     source = tmp_path / "source"
     script = ROOT / "scripts" / "make_checkpoint.py"

@@ -222,7 +222,7 @@ def test_vllm(machine: Machine, recipe_of: Any, monkeypatch: pytest.MonkeyPatch,
     named("")
     says(machine.only(), "unfit", f"{VARIABLE}: ", "has no vllm", remedy="scripts/setup_vllm.sh")
     found = machine.findings(recipe_of("verify=structure"))
-    assert any(finding.area == "vllm" and "not proven in vLLM" in finding.text for finding in found)
+    assert any(finding.area == "vllm" and "not validated in vLLM" in finding.text for finding in found)
     absent = recipe_of("verify=load", f"runtime.vllm_python={tmp_path}/no/python")
     says(machine.only(absent), "unfit", "runtime.vllm_python: ", "no Python that can be run", remedy="PIPELINE_VLLM")
     named("vllm 0.32.0")
@@ -234,7 +234,7 @@ def test_no_vllm(machine: Machine, recipe_of: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(sys, "prefix", str(machine.place / "nowhere"))
     monkeypatch.setenv("PATH", str(machine.place / "bin"))
-    says(machine.only(), "warning", "no vLLM was found", "nothing is proven", remedy="scripts/setup_vllm.sh")
+    says(machine.only(), "warning", "no vLLM was found", "nothing is validated in vLLM", remedy="scripts/setup_vllm.sh")
     says(machine.only(recipe_of("verify=generate")), "warning", "verify: generate checks the structure alone")
     assert machine.bad(recipe_of()) == []  # verify: structure
 

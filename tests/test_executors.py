@@ -21,7 +21,7 @@ from pipeline.events import read_events
 from pipeline.recipe.recipe import recipe_yaml
 from tests.conftest import CALIBRATED, RECIPE, make_plain_checkpoint
 
-pytestmark = pytest.mark.night
+pytestmark = pytest.mark.batch
 
 MakeJob = Callable[..., tuple[JobRequest, JobPlan, Path]]
 

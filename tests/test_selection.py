@@ -173,7 +173,7 @@ def test_weights_stored_the_other_way_round_are_refused(tmp_path: Path) -> None:
 
 
 def test_odd_tensors(tmp_path, quantize, write_recipe) -> None:
-    """Empty, scalar and dotless tensors, and buffers that are no weights, are carried."""
+    """Empty, scalar and dotless tensors, and buffers that are no weights, are copied."""
     extra = {"lonely": (128, 64), "empty.weight": (3, 0), "model.layers.0.void.weight": (5, 0), "scalar": (),
              "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}  # fmt: skip
     source = make_plain_checkpoint(tmp_path / "s", extra=extra)

@@ -94,11 +94,11 @@ def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static", "int8", "kv", "qwen", "source"])
-def test_sound_checkpoints_of_others_pass(name: str, made: dict[str, Path], session: VllmWorker) -> None:
+def test_sound_checkpoints_of_others_pass(name: str, made: dict[str, Path], worker: VllmWorker) -> None:
     assert check_structure(made[name]).passed
     if name == "qwen":
-        skip_without_fp8_kernels(session.server)
-    report = verify(made[name], open_checkpoint(made["source"]), "load", session, contents=True)
+        skip_without_fp8_kernels(worker.environment)
+    report = verify(made[name], open_checkpoint(made["source"]), "load", worker, contents=True)
     assert report.passed and report.proven_in_vllm and report.level == "load", report.problems
     unknown = name in ("int8", "kv", "qwen")
     assert unknown == any("is not known here: files, scales, numbers" in note for note in report.notes)
@@ -190,15 +190,15 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
 
 @pytest.mark.parametrize("name", list(DAMAGE))
 def test_damaged_checkpoints_of_others_are_named(
-    name: str, made: dict[str, Path], session: VllmWorker, tmp_path: Path
+    name: str, made: dict[str, Path], worker: VllmWorker, tmp_path: Path
 ) -> None:
     which, damage, sentence, by = DAMAGE[name]
     if name == "nothing ignored":  # of blocks of FP8, which vLLM has to load to see it
-        skip_without_fp8_kernels(session.server)
+        skip_without_fp8_kernels(worker.environment)
     out = shutil.copytree(made[which], tmp_path / "out")
     damage(out)
     if by == "vLLM":
-        report = verify(out, None, "load", session)
+        report = verify(out, None, "load", worker)
     else:
         report = check_structure(out, open_checkpoint(made["source"]) if by == "source" else None, contents=True)
     assert any(sentence in problem for problem in report.problems), report.problems
@@ -206,23 +206,23 @@ def test_damaged_checkpoints_of_others_are_named(
 
 
 def test_scales_without_a_scheme_are_tried_with_an_fp8_cache(
-    made: dict[str, Path], session: VllmWorker, tmp_path: Path
+    made: dict[str, Path], worker: VllmWorker, tmp_path: Path
 ) -> None:
     """Nothing promises the cache, but who serves it with fp8 uses these scales."""
     out = shutil.copytree(made["dynamic"], tmp_path / "out")
     section(out, kv_cache_scheme=None)
-    report = verify(out, None, "load", session)
+    report = verify(out, None, "load", worker)
     assert report.passed and list(report.vllm["loads"]) == ["auto", "fp8"]
     assert any("it uses them only with --kv-cache-dtype fp8" in note for note in report.notes)
     assert not any("no KV scales" in note for note in report.notes)
     drop(f"{A1}.k_scale")(out)
-    report = verify(out, None, "load", session)
+    report = verify(out, None, "load", worker)
     assert any("with --kv-cache-dtype fp8: attention of 1 layer" in problem for problem in report.problems)
 
 
 @pytest.mark.usefixtures("fp8_kernels")
-def test_a_layout_that_is_not_known_is_generated_from(made: dict[str, Path], session: VllmWorker) -> None:
-    report = verify(made["qwen"], open_checkpoint(made["source"]), "generate", session)
+def test_a_layout_that_is_not_known_is_generated_from(made: dict[str, Path], worker: VllmWorker) -> None:
+    report = verify(made["qwen"], open_checkpoint(made["source"]), "generate", worker)
     assert report.passed and report.level == "generate", (report.problems, report.notes)
     assert 0.9 < report.vllm["generated"]["auto"]["perplexity_ratio"] < 1.05
 

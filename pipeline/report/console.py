@@ -165,7 +165,7 @@ class Console:
         """The slowest layers, the totals, the verdict and the place."""
         if outcome.already:
             self.say(f"{outcome.output}: done already, by an identical run; --fresh would do it again")
-            if outcome.report is not None:  # it was proven further than it had been
+            if outcome.report is not None:  # it was validated further than it had been
                 self.show_report(outcome.report)
             return
         self.show_layers(outcome.layers, slowest)
@@ -255,7 +255,7 @@ class Console:
             self.say(f"PROBLEM: {line}")
         verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"
         how = "loaded" if report.level == "load" else "loaded and run"
-        proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not proven in vLLM"
+        proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not validated in vLLM"
         self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
 
 

@@ -20,7 +20,7 @@ class Outcome:
         already: it was there before, from an identical run.
         layers: timings, slowest first.
         totals: what this process read, ran and wrote; zero where all was done before.
-        report: of the verification; None if `already`, and proven far enough before.
+        report: of the verification; None if `already`, and validated far enough before.
         findings: what the observed amax says, for a careful user.
     """
 

@@ -40,14 +40,14 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
     changed = sidecars.changed_files(output) if (output / FILES).exists() else {}
     for name, what in changed.items():
         raise PipelineError(f"{output}: {name}: {what}", remedy="put it back, or make the result again with --fresh")
-    server = find_environment(plan.recipe)
+    environment = find_environment(plan.recipe)
     try:
         before = read_json(output / VERDICT)
     except PipelineError:
         before = {}
-    _refuse_failed(plan, output, before, server)
-    _write_profile(plan, output, console, server)
-    report = _verify_further(plan, output, console, before, server)
+    _refuse_failed(plan, output, before, environment)
+    _write_profile(plan, output, console, environment)
+    report = _verify_further(plan, output, console, before, environment)
     return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report)
 
 
@@ -57,10 +57,10 @@ def _asked(before: dict[str, Any]) -> int:
     return LEVELS.index(asked) if asked in LEVELS else -1
 
 
-def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: VllmEnvironment | None) -> None:
+def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], environment: VllmEnvironment | None) -> None:
     """A result that has failed does not pass by being asked less, or where there is no vLLM any more."""
     asked = _asked(before)
-    less = asked > LEVELS.index(plan.recipe.verify) or (asked > 0 and server is None and before.get("vllm"))
+    less = asked > LEVELS.index(plan.recipe.verify) or (asked > 0 and environment is None and before.get("vllm"))
     if before.get("passed") is False and less:
         raise VerificationFailed(
             f"{output}: it is published, but has failed verify: {LEVELS[asked]}; do not serve it, verify it as far "
@@ -69,13 +69,14 @@ def _refuse_failed(plan: Plan, output: Path, before: dict[str, Any], server: Vll
 
 
 def _verify_further(
-    plan: Plan, output: Path, console: Console, before: dict[str, Any], server: VllmEnvironment | None
+    plan: Plan, output: Path, console: Console, before: dict[str, Any], environment: VllmEnvironment | None
 ) -> Report | None:
     """Verify a published result that was verified less far than is asked now, or when there was no vLLM."""
     path, far = output / VERDICT, _asked(before) >= LEVELS.index(plan.recipe.verify)
-    if before.get("passed") and (plan.recipe.verify == "structure" or server is None or (far and before.get("vllm"))):
+    no_vllm = plan.recipe.verify == "structure" or environment is None
+    if before.get("passed") and (no_vllm or (far and before.get("vllm"))):
         return None
-    with VllmWorker(server) if server is not None else nullcontext() as worker:
+    with VllmWorker(environment) if environment is not None else nullcontext() as worker:
         report = pass_gates(Candidate(output, plan.checkpoint, plan.recipe, worker, console.say))
     attempt(f"writing {path}", lambda: write_file(path, json_bytes(report.as_json())))
     if not report.passed:
@@ -91,18 +92,19 @@ def listed(problems: list[str]) -> str:
     return "\n".join(f"  {problem}" for problem in problems[:20])
 
 
-def _write_profile(plan: Plan, output: Path, console: Console, server: VllmEnvironment | None) -> None:
+def _write_profile(plan: Plan, output: Path, console: Console, environment: VllmEnvironment | None) -> None:
     text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
     path = output / PROFILE
     if path.exists() and attempt(f"reading {path}", path.read_bytes) == text.encode():
         return
-    said = "" if server is None else f", which {server.name} takes"
-    if server is not None:
-        with VllmWorker(server) as session:
-            answer = hold_against(session, text, output, plan.output_nbytes)
+    said = "" if environment is None else f", which {environment.name} takes"
+    if environment is not None:
+        with VllmWorker(environment) as worker:
+            answer = hold_against(worker, text, output, plan.output_nbytes)
         if answer["error"]:
-            said = f"; it was not held against {server.name}: {answer['error']}"
+            said = f"; it was not held against {environment.name}: {answer['error']}"
         elif answer["problem"]:
-            raise UsageError(f"serve: {server.name} refuses the profile: {answer['problem']}; {path} stays as it was")
+            refusal = f"serve: {environment.name} refuses the profile: {answer['problem']}"
+            raise UsageError(f"{refusal}; {path} stays as it was")
     attempt(f"writing {path}", lambda: write_file(path, text.encode()))
     console.say(f"{path}: written anew, as the recipe's serve section now says{said}")

@@ -64,12 +64,12 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
         if preflight(plan, fresh):
             return published(plan, output, console)
-        server = find_environment(recipe)
+        environment = find_environment(recipe)
         if fresh and partial.exists():
             console.say(f"starting over: what {partial} holds is thrown away")
         console.show_plan(plan)
         if announce:
-            console.say(how_verified(recipe, server))
+            console.say(how_verified(recipe, environment))
         journal = attempt(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
         try:
             if fresh:
@@ -78,9 +78,9 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
                 discard(partial)
                 return published(plan, output, console)
             with _recorded(plan, journal, stop) as log:
-                totals = _stream(plan, journal, log, stop, server, console)
+                totals = _stream(plan, journal, log, stop, environment, console)
                 attempt(f"writing to {partial}", lambda: finalize(plan, journal, log))
-                report = _gates(plan, partial, log, server, console)
+                report = _gates(plan, partial, log, environment, console)
             findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
             _publish(plan, output, partial, fresh)
@@ -137,7 +137,7 @@ def _recorded(plan: Plan, journal: Journal, stop: Stop) -> Iterator[EventLog]:
 
 
 def _stream(
-    plan: Plan, journal: Journal, log: EventLog, stop: Stop, server: VllmEnvironment | None, console: Console
+    plan: Plan, journal: Journal, log: EventLog, stop: Stop, environment: VllmEnvironment | None, console: Console
 ) -> Totals:
     """Write every tensor that is not written yet: those that need no data, then layer by layer.
 
@@ -147,7 +147,7 @@ def _stream(
     partial = journal.partial
     _resume(plan, journal, log, console)
     with (
-        profile_in_time(plan, server, refused=stop.request),
+        profile_in_time(plan, environment, refused=stop.request),
         console.progress(plan, journal) as on_progress,
         stop.deferred(),
     ):
@@ -192,13 +192,13 @@ def _written_again(plan: Plan, journal: Journal) -> int:
 # --- gates and publishing ----------------------------------------------------------------------------
 
 
-def _gates(plan: Plan, partial: Path, log: EventLog, server: VllmEnvironment | None, console: Console) -> Report:
+def _gates(plan: Plan, partial: Path, log: EventLog, environment: VllmEnvironment | None, console: Console) -> Report:
     """Send the result through the gates; their report is written beside it, whether or not it passes.
 
     Raises:
         VerificationFailed: it does not; it stays where it is.
     """
-    with VllmWorker(server) if server is not None else nullcontext() as worker:
+    with VllmWorker(environment) if environment is not None else nullcontext() as worker:
         report = pass_gates(Candidate(partial, plan.checkpoint, plan.recipe, worker, console.say))
     attempt(f"writing to {partial}", lambda: record_verdict(partial, report, log))
     if not report.passed:

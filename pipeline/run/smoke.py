@@ -59,9 +59,9 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
     """
     begin = time.monotonic()
     whole = hub.resolve(recipe.model.source, recipe.model.revision, headers_only=True)
-    server = find_environment(recipe)
+    environment = find_environment(recipe)
     # vLLM's imports take seconds, and so do the plan's and the copy
-    with VllmWorker(server).begin() if server is not None else nullcontext() as worker:
+    with VllmWorker(environment).begin() if environment is not None else nullcontext() as worker:
         plan = make_plan(recipe, whole)
         refusals = []
         try:
@@ -111,7 +111,7 @@ def _in(
         console.say(how_verified(recipe, None))
     else:
         later = "; verify: generate is for the whole run" if recipe.verify == "generate" else ""
-        console.say(f"verify: load, and a short answer of the engine, in {worker.server.name}{later}")
+        console.say(f"verify: load, and a short answer of the engine, in {worker.environment.name}{later}")
         loaded = small.model_copy(update={"verify": "load"})
         truncated = hub.resolve(str(cut), None)
         report = pass_gates(Candidate(outcome.output, truncated, loaded, worker, console.say, truncated=True))

@@ -21,11 +21,11 @@ from pipeline.vllm_env.worker import VllmWorker
 EARLY = 1 << 30  # bytes of a source from which on a start of vLLM, for the profile alone, is little beside the work
 
 
-def hold_against(session: VllmWorker, text: str, checkpoint: Path, weights: int) -> dict[str, Any]:
+def hold_against(worker: VllmWorker, text: str, checkpoint: Path, weights: int) -> dict[str, Any]:
     """A profile against a vLLM: see vllm_env/jobs/arguments.py; a cache that does not fit is a ``problem``, too.
 
     Args:
-        session: of that vLLM.
+        worker: of that vLLM.
         text: of the profile.
         checkpoint: a directory, of which config.json is read.
         weights: bytes of the result.
@@ -33,7 +33,7 @@ def hold_against(session: VllmWorker, text: str, checkpoint: Path, weights: int)
     with tempfile.TemporaryDirectory(prefix="profile-") as place:
         path = Path(place) / Path(PROFILE).name
         path.write_text(text, encoding="utf-8")
-        (answer,) = session.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(checkpoint.absolute())}])
+        (answer,) = worker.run([{"kind": "arguments", "profile": str(path), "checkpoint": str(checkpoint.absolute())}])
     need = cache_need(answer, text, weights)
     if need is not None and answer["problem"] is None:
         answer["problem"] = need.problem
@@ -42,7 +42,7 @@ def hold_against(session: VllmWorker, text: str, checkpoint: Path, weights: int)
 
 @contextmanager
 def profile_in_time(
-    plan: Plan, server: VllmEnvironment | None, refused: Callable[[UsageError], None]
+    plan: Plan, environment: VllmEnvironment | None, refused: Callable[[UsageError], None]
 ) -> Iterator[None]:
     """Within, beside long work: vLLM's word on the profile, seconds after the start and not hours later.
 
@@ -50,10 +50,10 @@ def profile_in_time(
 
     Args:
         plan: whose profile it is.
-        server: the vLLM; None where there is none.
+        environment: the vLLM; None where there is none.
         refused: called at most once, from another thread, with the error to end with.
     """
-    if server is None or plan.read_nbytes < EARLY:
+    if environment is None or plan.read_nbytes < EARLY:
         yield
         return
     text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
@@ -64,15 +64,15 @@ def profile_in_time(
         with one:
             running.close()
 
-    def ask(session: VllmWorker) -> None:
+    def ask(worker: VllmWorker) -> None:
         try:
-            answer = hold_against(session, text, plan.checkpoint.root, plan.output_nbytes)
+            answer = hold_against(worker, text, plan.checkpoint.root, plan.output_nbytes)
         finally:
             end()
         if not answer.get("error") and (problem := answer.get("problem")):
             refused(
                 UsageError(
-                    f"serve: {server.name} refuses the profile: {problem}",
+                    f"serve: {environment.name} refuses the profile: {problem}",
                     remedy="fix it and run the same command to go on",
                 )
             )
@@ -80,8 +80,8 @@ def profile_in_time(
     with ThreadPoolExecutor(1, thread_name_prefix="profile") as beside:
         try:
             # begun here: Linux ends vLLM's process with the thread that started it
-            session = running.enter_context(VllmWorker(server)).begin()
-            beside.submit(ask, session)
+            worker = running.enter_context(VllmWorker(environment)).begin()
+            beside.submit(ask, worker)
             yield
         finally:
             end()

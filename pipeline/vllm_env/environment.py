@@ -81,7 +81,7 @@ def find(asked: str | None = None, key: str = "runtime.vllm_python") -> VllmEnvi
                 raise UsageError(f"{said_in}: {named} {found}", remedy=HOW_TO_GET)
             return found
     place = default_place()
-    if os.path.lexists(place):  # made to be used: a result must not go unproven because it broke
+    if os.path.lexists(place):  # made to be used: a result must not go without vLLM's word because it broke
         found = _ask(place / "bin" / "python")
         if isinstance(found, str):
             raise UsageError(

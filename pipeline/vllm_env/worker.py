@@ -22,12 +22,12 @@ class VllmWorker:
 
     It starts with `begin`, or with the first jobs, and ends with the context. Within a ``with`` block::
 
-        with VllmWorker(server) as session:
-            loaded, answered = session.run([load_job, engine_job], parallel=2)
+        with VllmWorker(environment) as worker:
+            loaded, answered = worker.run([load_job, engine_job], parallel=2)
     """
 
-    def __init__(self, server: VllmEnvironment) -> None:
-        self.server = server
+    def __init__(self, environment: VllmEnvironment) -> None:
+        self.environment = environment
         self._place: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._rounds = 0
@@ -49,7 +49,7 @@ class VllmWorker:
             with (Path(self._place.name) / "said.log").open("wb") as log:
                 # a session of its own: a terminal's Ctrl-C reaches this process alone, which then ends the jobs
                 self._process = subprocess.Popen(
-                    [self.server.python, JOBS, self._place.name, str(os.getpid())],
+                    [self.environment.python, JOBS, self._place.name, str(os.getpid())],
                     stdout=log, stderr=log, cwd=self._place.name, start_new_session=True,
                     env={**os.environ, "TMPDIR": self._place.name},  # what vLLM leaves there goes with it
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Balancing by powers of two: no output changes by a bit, and small weights keep their precision."""
+"""Cross-layer equalization by powers of two: no output changes by a bit, and small weights keep their precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UP = {"k_proj": 8, "o_proj": 7, "down_proj": 6}  # times 2^n, in weight and bias
 DOWN = {"q_proj": 8, "v_proj": 7, "up_proj": 6}
 
 
-def trap(name: str, data: bytearray, skip: tuple[str, ...] = ()) -> None:
+def add_outliers(name: str, data: bytearray, skip: tuple[str, ...] = ()) -> None:
     """Large keys, small values and ups, with the same logits: exact in BF16."""
     import torch
 
@@ -72,7 +72,7 @@ def test_no_output_changes_by_a_bit(name: str, small_model: Callable[[str], Path
 
     original = small_model(name)
     skip = ("q_proj", "k_proj") if name in QK_NORM else ()
-    source = damaged(original, tmp_path / "trap", lambda n, d: trap(n, d, skip))
+    source = damaged(original, tmp_path / "outliers", lambda n, d: add_outliers(n, d, skip))
     done: list[Any] = []
 
     def change(layer: Any, probe: Callable[[], Any]) -> None:
@@ -81,10 +81,10 @@ def test_no_output_changes_by_a_bit(name: str, small_model: Callable[[str], Path
         done.extend(found)
 
     expected, _ = run_layers(original)
-    trapped, _ = run_layers(source)
-    balanced, layers = run_layers(source, change)
-    assert all(torch.equal(a, b) for a, b in zip(expected, trapped, strict=True)), "the trap changes no output"
-    assert all(torch.equal(a, b) for a, b in zip(trapped, balanced, strict=True))
+    outliers, _ = run_layers(source)
+    equalized, layers = run_layers(source, change)
+    assert all(torch.equal(a, b) for a, b in zip(expected, outliers, strict=True)), "the outliers change no output"
+    assert all(torch.equal(a, b) for a, b in zip(outliers, equalized, strict=True))
     kinds = {(one.rpartition(".")[2], other.rpartition(".")[2]) for one, other, _ in done}
     assert ("v_proj", "o_proj") in kinds
     assert (("q_proj", "k_proj") in kinds) == (name not in QK_NORM)
@@ -140,7 +140,7 @@ def test_parts_that_are_not_known_are_in_the_way(part: str, small_model: Callabl
     run_layers(small_model("llama"), look)
 
 
-def test_what_cannot_be_balanced_is_said(small_model: Callable[[str], Path]) -> None:
+def test_what_cannot_be_equalized_is_reported(small_model: Callable[[str], Path]) -> None:
     """With a norm between, keys cannot be scaled against queries."""
     notes: list[str] = []
 
@@ -164,7 +164,7 @@ def test_models_in_order_are_left_alone(small_model: Callable[[str], Path]) -> N
 
 
 def errors(tensors: dict[str, Any], source: dict[str, Any], powers: dict[str, int]) -> dict[str, float]:
-    """Relative squared error of every quantized weight, the balancing undone."""
+    """Relative squared error of every quantized weight, the equalization undone."""
     import torch
 
     found = {}
@@ -179,29 +179,29 @@ def errors(tensors: dict[str, Any], source: dict[str, Any], powers: dict[str, in
     return found
 
 
-def test_a_trap_keeps_its_precision(
+def test_outliers_keep_their_precision(
     small_model: Callable[[str], Path],
     convert: Callable[..., Path],
     tmp_path: Path,
     warm: Warm,
 ) -> None:
-    """Stock: q, v and up drown under one shared scale. Balanced: no weight is worse than in the model without trap."""
+    """Stock: q, v and up drown under one shared scale. Equalized: no weight is worse than without outliers."""
     import json
 
     original = small_model("qwen2_5_vl")
-    source = damaged(original, tmp_path / "trap", trap)
+    source = damaged(original, tmp_path / "outliers", add_outliers)
     plain = errors(all_tensors(convert(original, "modelopt", "plain")), all_tensors(original), {})
-    output = convert(source, "modelopt", "balanced")
+    output = convert(source, "modelopt", "equalized")
     report = json.loads((output / "quantize" / "calibration.json").read_text())
     powers: dict[str, int] = {}
     for layer in report["layers"]:
         for one, other, exponent in layer["balanced"]:
             powers[one], powers[other] = powers.get(one, 0) + exponent, powers.get(other, 0) - exponent
     tensors = all_tensors(output)
-    balanced = errors(tensors, all_tensors(source), powers)
+    equalized = errors(tensors, all_tensors(source), powers)
     stock = convert(source, "modelopt", "stock", "backend_options: {balance: false}\n")
     lost = errors(all_tensors(stock), all_tensors(source), {})
-    for module, error in balanced.items():
+    for module, error in equalized.items():
         assert error < 1.1 * max(plain.values()), module
     assert max(error for module, error in lost.items() if module.endswith(("v_proj", "q_proj"))) > 0.02
     assert any("changes no output" in line for line in report["findings"])
@@ -229,5 +229,5 @@ def test_below_the_threshold_a_shared_scale_costs_next_to_nothing() -> None:
     assert error(2.0**14) > 1.2 * error(1.0)
 
 
-def test_exact_mode_never_balances() -> None:
+def test_exact_mode_never_equalizes() -> None:
     assert ModelOptFP8(True).balance and not ModelOptFP8(True, exact=True).balance
