@@ -20,6 +20,7 @@ from pipeline.events import read_events
 from pipeline.recipe import recipe as recipes
 from pipeline.run.estimate import Work
 from tests.conftest import CALIBRATED, QUANTIZE, RECIPE, ROOT, SCHEMES, make_plain_checkpoint, read_shard, write_shard
+from tests.processes import command_lines
 
 BEST = {"plain2", "plain3", "plain4", "plain5", "vl", "moe", "tied", "killed"}
 WORST = {"bad": "recipe", "short": "source", "huge": "too large", "refused-by-vllm": "verification"}
@@ -173,15 +174,7 @@ def sigkill(pid: int) -> None:
 
 def job_processes(root: Path) -> list[str]:
     """The command lines of jobs of this run that still run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if "pipeline.batch" in line and str(root) in line:
-            found.append(line)
-    return found
+    return command_lines("pipeline.batch", str(root))
 
 
 def wait_for(what: Callable[[], bool], seconds: float, why: str) -> None:

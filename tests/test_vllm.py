@@ -27,6 +27,7 @@ from pipeline.vllm_env.environment import VllmEnvironment
 from pipeline.vllm_env.worker import VllmWorker
 from tests.conftest import SCHEMES, SHARED
 from tests.damage import all_of, both, drop, edit_config, put, rename, reshape, rewrite, section
+from tests.processes import command_lines
 from tests.warm import Warm
 
 pytestmark = pytest.mark.vllm
@@ -501,20 +502,10 @@ def test_an_interrupted_verification_can_go_on(
     _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert "Traceback" not in errors
-    assert not [line for line in running() if str(tmp_path) in line], "vLLM goes on"
+    assert not command_lines(str(tmp_path)), "vLLM goes on"
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
     assert quantize_here(recipe).returncode == 0
     assert (tmp_path / "out").is_dir()
-
-
-def running() -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_vllm_that_does_not_start_is_said(demo: dict[str, Path], tmp_path: Path) -> None:

@@ -6,11 +6,8 @@ largest that fits, take in what ended, and so on until nothing is left or the wi
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +23,7 @@ from pipeline.batch.record import Attempt, JobRecord, Status, count_statuses
 from pipeline.errors import from_os_error
 from pipeline.journal import read_identity
 from pipeline.machine.processes import signal_name
+from pipeline.machine.signals import Stop, stop_on_signals
 from pipeline.recipe.recipe import recipe_yaml
 from pipeline.run.estimate import Estimator
 from pipeline.units import time_text
@@ -92,7 +90,7 @@ class Queue:
         self.estimator = Estimator()
         self.exit_status: int | None = None
         self._stopping: str | None = None  # why: interrupted or window
-        self._signal: int | None = None  # the first one that came
+        self._stop_asked = Stop()
         self._fetcher = Fetcher(ledger.directory)
         self._hooks = Hooks(watch.say)
 
@@ -173,7 +171,8 @@ class Queue:
 
     def run(self) -> int:
         """Run what can be run; returns the exit status."""
-        with self._signals():
+        with stop_on_signals() as self._stop_asked:
+            self._stop_asked.hold()  # jobs end first; a second signal ends everything
             watched = 0.0
             try:
                 while True:
@@ -200,8 +199,8 @@ class Queue:
 
     def _check_for_end(self) -> None:
         until = self.rules.until
-        if self._signal is not None and self._stopping != "interrupted":
-            self._stop("interrupted", f"stopping ({signal_name(-self._signal)})")
+        if (number := self._stop_asked.number) is not None and self._stopping != "interrupted":
+            self._stop("interrupted", f"stopping ({signal_name(-number)})")
         elif until is not None and time.time() >= until and self._stopping is None:
             self._stop("window", "the window is over")
 
@@ -210,27 +209,6 @@ class Queue:
         self.executor.stop()
         if self.executor.running():
             self.watch.say(f"{text}; {self.executor.running()} running job(s) stop at the end of their unit")
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGHUP stop the jobs cleanly; a second one ends them."""
-
-        def take(number: int, frame: Any) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-        before = {number: signal.signal(number, take) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- what starts ---
 

@@ -16,16 +16,16 @@ class Stop:
         self.requested = threading.Event()
         self.error: Exception | None = None  # of `request`; None where a signal came first
         self.forced = False
-        self._signalled = False
+        self.number: int | None = None  # of the first signal that waits or waited
         self._deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         # a terminal that is closed may send SIGHUP twice, and nobody has grown impatient
-        if not self._deferred or (self._signalled and number != signal.SIGHUP):
+        if not self._deferred or (self.number is not None and number != signal.SIGHUP):
             self.forced = True
             raise KeyboardInterrupt
-        self._signalled = True
+        self.number = self.number or number
         self.requested.set()
 
     def request(self, error: Exception) -> None:
