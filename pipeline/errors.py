@@ -113,9 +113,17 @@ class OutOfMemory(PipelineError):
 
 
 class VerificationFailed(PipelineError):
-    """The result is whole, and not good; it is not published."""
+    """The result is complete, and does not pass; it is not published.
+
+    Attributes:
+        report: what the gates found (`pipeline.verify.report.Report`); None where only its record was read.
+    """
 
     kind = "verification"
+
+    def __init__(self, message: str, remedy: str | None = None, report: Any = None) -> None:
+        super().__init__(message, remedy)
+        self.report = report
 
 
 class DeviceFault(PipelineError):

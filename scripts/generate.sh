@@ -2,7 +2,7 @@
 # Writes what is generated from the code: the shipped recipes, their schema, docs/recipe.md. Tests hold each of them current.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=.venv/bin/python
+python=${PYTHON:-.venv/bin/python}
 "$python" - <<'PY'
 from pathlib import Path
 

@@ -214,6 +214,22 @@ def test_what_fails_verification_is_told_and_kept_where_asked(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "recipe.yaml"]
 
 
+def test_every_gate_is_heard(tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a gate of someone's own finds fails the smoke test as it would fail the run."""
+    from pipeline.run import gates, runner
+    from pipeline.verify.report import Report
+
+    def own(candidate: gates.Candidate) -> Report:
+        report = Report(str(candidate.directory), None, candidate.report.produced_here)
+        report.add("engine-not-finite", "", "my gate finds a problem")
+        return report
+
+    wanted = recipe.load(write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4)))
+    monkeypatch.setattr(runner, "pass_gates", lambda candidate: gates.pass_gates(candidate, [*gates.GATES, own]))
+    found = smoke.smoke(wanted, Console(quiet=True))
+    assert not found.report.passed and "my gate finds a problem" in found.report.problems
+
+
 def test_a_drive_without_room_is_told_before_the_copy(mounted: Any, tmp_path: Path, quantize: Any) -> None:
     source = make_plain_checkpoint(tmp_path / "from", layers=3)
     small = mounted("size=8m")

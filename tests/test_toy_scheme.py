@@ -1,7 +1,8 @@
 """Schemes defined here alone: they convert and verify without an edit anywhere else.
 
 The first is data-free: FP8 with one power-of-two scale per output row, kept as a vector in F32; its section says
-``quant_method: toy``. The second is calibrated: per-tensor FP8 in compressed-tensors' words, with KV scales.
+``quant_method: toy``. The second is calibrated: per-tensor FP8 in compressed-tensors' words, with KV scales. The third
+is no FP8 at all: weight-only INT8, data-free.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ class Toy:
 
     def versions(self, dtypes: set[str]) -> dict[str, str]:
         return {"toy": "1"}
+
+    def imports_torch(self, dtypes: set[str]) -> bool:
+        return True
 
     def load_libraries(self) -> None:
         return
@@ -345,3 +349,121 @@ def test_an_estimate_of_it_needs_no_table(
     parsed = recipes.parse(json.dumps({**wanted, "calibration": {"captions": str(captions), "samples": 9}}))
     parts = rule(Work.of(make_plan(parsed, open_checkpoint(source))))
     assert parts["imports"] == PerTensor.import_seconds and parts["forwards"] > 0
+
+
+# --- one that is not FP8 -----------------------------------------------------------------------------
+
+INT8_WEIGHTS = {"num_bits": 8, "type": "int", "strategy": "channel", "dynamic": False, "symmetric": True}
+
+
+def is_int8(section: Mapping[str, Any]) -> bool:
+    groups = (section.get("config_groups") or {}).values()
+    return section.get("quant_method") == "compressed-tensors" and all(g["weights"]["type"] == "int" for g in groups)
+
+
+INT8 = Format(
+    "compressed-tensors",
+    INT8_WEIGHTS,
+    {},  # weights alone
+    static_inputs=False,
+    granularity="channel",
+    recognizes=is_int8,
+    weight_dtype="I8",
+    scale_dtype="F32",
+    section_format=("int-quantized",),
+    repeatable_elsewhere=frozenset(),  # others may take their scales otherwise
+)
+
+
+class Int8Recipe(Common):
+    """INT8 weights, and nothing else."""
+
+    backend: Literal["int8"]
+    scheme: Literal["int8_channel"]
+    kv_cache: Literal["fp8", "none"] = "none"
+    backend_options: Section = Section()
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 values, and each row's amax over 127."""
+    scale = weight.float().abs().amax(1).clamp(min=2.0**-100) / 127.0
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+class Int8(Toy):
+    """The backend."""
+
+    name = "int8"
+    format = INT8
+    card = "Weights are INT8."
+
+    def config_section(self, selection: Selection) -> dict[str, Any]:
+        group = {"targets": ["Linear"], "weights": INT8_WEIGHTS, "input_activations": None, "format": "int-quantized"}
+        return {
+            "quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"all": group},
+            "ignore": list(selection.kept_linears),
+        }  # fmt: skip
+
+    def quantizer(self, dtype: str) -> Callable[..., None]:
+        def run(source: Any, values: Any, scales: Any, rows: int, columns: int) -> None:
+            made, scale = quantize_int8(torch.frombuffer(source, dtype=torch.bfloat16).view(rows, columns))
+            torch.frombuffer(values, dtype=torch.int8).copy_(made.flatten())
+            torch.frombuffer(scales, dtype=torch.float32).copy_(scale)
+
+        return run
+
+
+def requantize_int8(
+    weight: memoryview,
+    dtype: str,
+    rows: int,
+    columns: int,
+    stored: Mapping[str, tuple[str, bytes]],
+    power: int,
+    options: Mapping[str, Any],
+) -> Requantized:
+    values, scale = quantize_int8(torch.frombuffer(weight, dtype=torch.bfloat16).view(rows, columns))
+    return Requantized({"weight": values.numpy().tobytes(), "weight_scale": scale.numpy().tobytes()})
+
+
+@pytest.fixture
+def int8() -> Iterator[None]:
+    scheme = registry.Scheme("int8", "int8_channel", lambda _: Int8(0), INT8, requantize_int8, "the toy's")
+    recipes.register("int8", Int8Recipe)
+    methods.register(INT8)
+    registry.register(scheme)
+    yield
+    registry.unregister(scheme)
+    methods.unregister(INT8)
+    recipes.unregister("int8")
+
+
+def test_a_scheme_that_is_not_fp8(int8: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_plain_checkpoint(tmp_path / "source")
+    wanted = asked(source, tmp_path / "out", backend="int8", scheme="int8_channel")
+    del wanted["kv_cache"]  # its recipe's default is none
+    outcome = convert(wanted)
+    assert outcome.report is not None and outcome.report.passed, outcome.report
+    assert " tensors become INT8, " in capsys.readouterr().out
+    assert any("INT8 weights: each has finite" in line for line in outcome.report.checked)
+    made = all_tensors(outcome.output)
+    assert made["model.layers.0.mlp.up_proj.weight"][0] == "I8"
+    card = (outcome.output / "README.md").read_text()
+    assert "INT8 version of" in card and "- int8\n" in card and "FP8" not in card.partition("```")[0]
+    report = check_structure(outcome.output, open_checkpoint(source), contents=True)
+    assert report.passed and any("quantized once more: the same bits" in line for line in report.checked)
+
+    def flip(name: str, part: bytearray) -> None:
+        if name == "model.layers.1.self_attn.q_proj.weight":
+            part[5] ^= 0x08
+
+    report = check_structure(damaged(outcome.output, tmp_path / "bits", flip), open_checkpoint(source), contents=True)
+    assert {"requantized-differs", "hash-differs"} <= {finding.code for finding in report.findings}
+
+
+def test_kv_scales_that_a_backend_does_not_make_are_not_promised(int8: None, toy: None, tmp_path: Path) -> None:
+    source = make_plain_checkpoint(tmp_path / "source")
+    wanted = {**asked(source, tmp_path / "out", backend="int8", scheme="int8_channel"), "kv_cache": "fp8"}
+    with pytest.raises(UsageError, match=r"kv_cache: fp8: backend int8 makes no KV scales .*set kv_cache: none"):
+        convert({**wanted, "calibration": {"captions": "embedded"}}, quiet=True)
+    assert not (tmp_path / "out.partial").exists()

@@ -59,12 +59,15 @@ class Backend(Protocol):
     def versions(self, dtypes: set[str]) -> dict[str, str]:
         """The libraries that decide the bits of weights of these dtypes, for a run's identity."""
 
+    def imports_torch(self, dtypes: set[str]) -> bool:
+        """Whether quantizing weights of these dtypes imports torch, which takes memory."""
+
     def load_libraries(self) -> None:
         """Import what the scheme needs beyond torch and transformers."""
 
 
 class DataFreeBackend(Backend, Protocol):
-    """A scheme whose weights need no data: FP8 values and one scale per row, from the rows alone.
+    """A scheme whose weights need no data: values and one scale per row, from the rows alone.
 
     Its format is per-channel and has no static inputs. Rows come in pieces, so a row's result may not depend on others.
     """
@@ -72,8 +75,8 @@ class DataFreeBackend(Backend, Protocol):
     def quantizer(self, dtype: str) -> Callable[[Buffer, Buffer, Buffer, int, int], None]:
         """``f(source, values, scales, rows, columns)``, safe to call from several threads at once.
 
-        It reads ``rows x columns`` values of `dtype`; it writes as many E4M3 values, and one scale per row in the
-        dtype that `format` gives scales. Raises `NonFiniteWeight`.
+        It reads ``rows x columns`` values of `dtype`; it writes as many values of the format's `weight_dtype`, and one
+        scale per row in the dtype that the format gives scales. Raises `NonFiniteWeight`.
         """
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.attention import AttentionObserver, scale_tensors
 from pipeline.backends.base import Observed
-from pipeline.backends.fp8 import Buffer, row_quantizer
+from pipeline.backends.fp8 import Buffer, kernel, row_quantizer
 from pipeline.checkpoint.source import DTYPE_BYTES
 from pipeline.formats.base import Output, Requantized
 from pipeline.formats.kv_scales import COMPRESSED_NAMES
@@ -109,6 +109,10 @@ class FP8Dynamic:
         if dtypes - {"BF16"}:
             found["torch"] = version("torch")
         return found
+
+    def imports_torch(self, dtypes: set[str]) -> bool:
+        """The compiled kernel knows BF16; anything else is compressed-tensors'."""
+        return kernel() is None or bool(dtypes - {"BF16"})
 
 
 class FP8DynamicKV(FP8Dynamic):

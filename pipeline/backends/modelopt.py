@@ -81,6 +81,10 @@ class ModelOptFP8:
             return ()
         return (MODELOPT_OWN_NAMES if self.exact else MODELOPT_NAMES).outputs()
 
+    def imports_torch(self, dtypes: set[str]) -> bool:
+        """Always."""
+        return True
+
     def load_libraries(self) -> None:
         """ModelOpt, which prints about itself while it is imported."""
         from pipeline.model.skeleton import quiet

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 FP8 = "F8_E4M3"
+TYPE_NAMES = {FP8: "FP8", "I8": "INT8"}  # for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +48,23 @@ def every_name(*known: ScaleNames) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of FP8 weights, and the section of config.json that describes it.
+    """A layout of quantized weights, and the section of config.json that describes it.
 
     A new one is registered with `pipeline.formats.methods.register`.
 
     Attributes:
         name: the section's ``quant_method``, vLLM's word for it.
         weights: what a group of ``config_groups`` says of weights, as far as vLLM reads it.
-        inputs: likewise of activations.
+        inputs: likewise of activations; empty: weights alone are quantized.
         static_inputs: whether every weight has an ``input_scale``.
         granularity: of the weight scale: ``channel`` (one per output row) or ``tensor``.
         cache: for k, v, q and prob every name that vLLM takes, from the attention's prefix on.
+        weight_dtype: of the values that are stored for a weight, one byte each.
         scale_dtype: of scales; None: the source weight's own.
         column: whether per-channel scales are columns, [rows, 1], as compressed-tensors has them, or [rows].
         repeatable: whether the weights can be quantized once more here, to be compared bit by bit.
-        repeatable_elsewhere: source dtypes for which that holds of third-party checkpoints, too; None: of all.
+        repeatable_elsewhere: source dtypes for which that holds of third-party checkpoints, too; None: of all. Name
+            none where others make their scales otherwise: a sound checkpoint of theirs would fail.
         section_format: what the section's own ``format`` must be; empty: not looked at.
         quant_algo: what the section's ``quant_algo`` must be; None: not looked at.
         groups_optional: whether vLLM does without ``config_groups``.
@@ -76,6 +79,7 @@ class Format:
     granularity: Literal["channel", "tensor"]
     recognizes: Callable[[Mapping[str, Any]], bool]
     cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weight_dtype: str = FP8
     scale_dtype: str | None = None
     column: bool = True
     repeatable: bool = True
@@ -85,6 +89,11 @@ class Format:
     groups_optional: bool = False
     ignore_globs: bool = False
 
+    @property
+    def weight_type(self) -> str:
+        """`weight_dtype` in words: FP8, INT8."""
+        return TYPE_NAMES.get(self.weight_dtype, self.weight_dtype)
+
     def scale_shape(self, rows: int) -> tuple[int, ...]:
         """Of the scale of a weight with so many rows."""
         if self.granularity == "tensor":
@@ -92,9 +101,10 @@ class Format:
         return (rows, 1) if self.column else (rows,)
 
     def outputs(self, dtype: str, rows: int, columns: int) -> tuple[Output, ...]:
-        """The tensors that a ``rows x columns`` weight of `dtype` becomes: FP8 values, their scale, an input scale."""
+        """The tensors that a ``rows x columns`` weight of `dtype` becomes: its values, their scale, an input scale."""
         kind = self.scale_dtype or dtype
-        made = (Output("weight", FP8, (rows, columns)), Output("weight_scale", kind, self.scale_shape(rows)))
+        values = Output("weight", self.weight_dtype, (rows, columns))
+        made = (values, Output("weight_scale", kind, self.scale_shape(rows)))
         return (*made, Output("input_scale", kind, ())) if self.static_inputs else made
 
     def can_repeat(self, dtype: str, produced_here: bool) -> bool:

@@ -213,9 +213,9 @@ def group_fits(group: Any, method: Format) -> bool:
     if not isinstance(group, dict) or not isinstance(targets := group.get("targets"), list):
         return False
     linear = any(target == "Linear" or str(target).startswith("re:") for target in targets)
-    return linear and _has(group.get("weights"), method.weights) and _has(
-        group.get("input_activations"), method.inputs
-    )  # fmt: skip
+    inputs = group.get("input_activations")
+    inputs_fit = _has(inputs, method.inputs) if method.inputs else not inputs
+    return linear and _has(group.get("weights"), method.weights) and inputs_fit
 
 
 def is_weight_scale(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pipeline.checkpoint.source import Checkpoint
 from pipeline.errors import UsageError
+from pipeline.formats.base import FP8, TYPE_NAMES
 from pipeline.model.fused import FUSED_LINEARS
 
 NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")  # by vLLM, under ModelOpt's method
@@ -134,21 +135,22 @@ class IgnoreList:
         """Whether a module is ignored by a pattern and not by its name."""
         return module in self and module not in self._literals
 
-    def problems(self, linears: Mapping[str, str], modules: set[str]) -> list[IgnoreProblem]:
+    def problems(self, linears: Mapping[str, str], modules: set[str], quantized: str = FP8) -> list[IgnoreProblem]:
         """What vLLM would do wrong with this list, and the entries that match nothing.
 
         Args:
             linears: every module with a 2-D weight that can be a linear layer, and the weight's dtype.
             modules: the names of all modules.
+            quantized: the dtype of quantized weights (`pipeline.formats.base.Format.weight_dtype`).
         """
-        found = []
+        found, kind = [], TYPE_NAMES.get(quantized, quantized)
         for module, dtype in linears.items():
-            if dtype == "F8_E4M3" and module in self:
-                text = f"{module}: it is FP8, but the config ignores it: vLLM would load FP8 values as weights"
+            if dtype == quantized and module in self:
+                text = f"{module}: it is {kind}, but the config ignores it: vLLM would load {kind} values as weights"
                 found.append(IgnoreProblem("fp8 ignored", module, text))
-            elif dtype != "F8_E4M3" and module not in self:
+            elif dtype != quantized and module not in self:
                 text = (
-                    f"{module}: {dtype}, but the config does not ignore it: vLLM would cast it to FP8 with a scale "
+                    f"{module}: {dtype}, but the config does not ignore it: vLLM would cast it to {kind} with a scale "
                     "that nobody set"
                 )
                 found.append(IgnoreProblem("plain not ignored", module, text))

@@ -35,7 +35,7 @@ class Piece:
     """A contiguous range of the source and what becomes of it.
 
     ``kind`` copy: the result is the range. ``kind`` quantize: the range is a ``rows x columns`` array of `dtype`
-    (``columns x rows`` if `transposed`), the result is its scales, then its FP8 values.
+    (``columns x rows`` if `transposed`), the result is its scales, then its quantized values.
     """
 
     unit: int
@@ -312,7 +312,7 @@ def _pieces_of(draft: _Draft, outputs: dict[str, OutputTensor]) -> Iterator[Piec
 def _quantized_writes(
     modules: list[tuple[int, Any]], outputs: dict[str, OutputTensor], first: int, count: int, columns: int, width: int
 ) -> Iterator[Write]:
-    """Where rows ``first .. first + count`` of stacked modules go; a piece's result is its scales, then FP8 values."""
+    """Where rows ``first .. first + count`` of stacked modules go; a piece's result is its scales, then the values."""
     top = 0
     for rows, (values_spec, scales_spec) in modules:
         begin, end = max(first, top), min(first + count, top + rows)

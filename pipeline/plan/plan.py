@@ -106,7 +106,8 @@ class Plan:
         buffers = 3 if any(p.transposed for p in pieces) else 2
         stream = len(self.outputs) * TENSOR_MEMORY + self.in_flight * largest * buffers
         if self.calibration is None:
-            return BASE_MEMORY + stream
+            dtypes = {a.tensor.dtype for a in self.actions.values() if a.action == "quantize"}
+            return (TORCH_MEMORY if self.backend.imports_torch(dtypes) else BASE_MEMORY) + stream
         found, needs = self.calibration, self.calibration.needs
         on_host = 2 * needs.layer + 2 * needs.made + (needs.hidden if found.place == "host" else 0)
         if found.device.kind == "cuda":
@@ -133,6 +134,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     selection = select(checkpoint, recipe.ignore)
     drafts = list(draft_outputs(checkpoint, selection, backend))
     outputs, shards = lay_out(drafts, recipe.shard_bytes)
+    if recipe.kv_cache == "fp8" and not backend.attention_outputs():
+        raise UsageError(
+            f"kv_cache: fp8: backend {recipe.backend} makes no KV scales with scheme {recipe.scheme}",
+            remedy="set kv_cache: none",
+        )
     calibrated = backend.needs_data
     of_layers = [d for d in drafts if calibrated and d.layer is not None]
     pieces = tuple(cut_into_pieces([d for d in drafts if not calibrated or d.layer is None], outputs))
@@ -193,7 +199,9 @@ def _check_ignore(
                 linears[name.removesuffix(".weight")] = output.dtype
     modules = {name.rpartition(".")[0] for name in outputs} | set(selection.kept_linears)
     section = backend.config_section(selection)
-    problems = IgnoreList(section["ignore"], backend.format.ignore_globs).problems(linears, modules)
+    problems = IgnoreList(section["ignore"], backend.format.ignore_globs).problems(
+        linears, modules, backend.format.weight_dtype
+    )
     if problems:
         raise SourceError(
             f"{problems[0].text} (and {len(problems) - 1} more)", remedy="please report it with the plan's --json"

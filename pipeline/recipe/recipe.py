@@ -238,7 +238,8 @@ def _contradictions(document: Document, file: str) -> list[tuple[Position, str]]
     def problem(key: str, message: str) -> None:
         found.append((nearest(document, (key,), file), f"{key}: {message}"))
 
-    scheme, kv_cache = data.get("scheme"), data.get("kv_cache", "fp8")
+    fields = _MODELS.get(str(data.get("backend")), Common).model_fields
+    scheme, kv_cache = data.get("scheme"), data.get("kv_cache", fields["kv_cache"].default)
     if scheme == "none" and kv_cache == "none":
         problem("scheme", "none with kv_cache: none leaves nothing to do; choose a scheme or kv_cache: fp8")
     needs = [f"scheme: {scheme}"] if _is_calibrated(data.get("backend"), scheme) else []

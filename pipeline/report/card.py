@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.checkpoint.source import Checkpoint
+from pipeline.formats.base import FP8
 from pipeline.plan.plan import Plan
 from pipeline.recipe.recipe import recipe_yaml
 from pipeline.report.plan import summary
@@ -31,7 +32,7 @@ def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if "vision_config" in source.config else "text-generation",
-        tags=["fp8", "vllm", *plan.backend.tags],
+        tags=[plan.backend.format.weight_type.lower(), "vllm", *plan.backend.tags],
     )
     environment = Environment(
         loader=PackageLoader("pipeline.report"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
@@ -53,6 +54,7 @@ def model_card(plan: Plan, findings: Sequence[str] = ()) -> str:
         "libraries": plan.backend.versions(set()),
         "kv_cache": plan.recipe.kv_cache,
         "about": plan.backend.card,
+        "weight_type": "FP8 (E4M3)" if plan.backend.format.weight_dtype == FP8 else plan.backend.format.weight_type,
         "rounded_up": "BF16" in {output.dtype for output in plan.backend.attention_outputs()},
         "calibration": plan.calibration,
         "terms": plan.calibration.captions.terms if plan.calibration is not None else (),

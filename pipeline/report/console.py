@@ -56,7 +56,7 @@ class Console:
         taken = [action.action for action in plan.actions.values()]
         counts = {kind: taken.count(kind) for kind in ("quantize", "copy", "drop")}
         self.say(
-            f"{counts['quantize']} tensors become FP8, {counts['copy']} stay as they are"
+            f"{counts['quantize']} tensors become {plan.backend.format.weight_type}, {counts['copy']} stay as they are"
             + (f", {counts['drop']} dropped" if counts["drop"] else "")
             + f"; output {size_text(plan.output_nbytes)} in {len(plan.shards)} shard(s), "
             f"memory at most {size_text(plan.peak_memory)}, {plan.threads} thread(s)"

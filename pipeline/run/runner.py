@@ -204,7 +204,8 @@ def _gates(plan: Plan, partial: Path, log: EventLog, environment: VllmEnvironmen
     if not report.passed:
         raise VerificationFailed(
             f"{partial}: the result fails verification and is not published; it stays here, with the report in "
-            f"{VERDICT}:\n{listed(report.problems)}"
+            f"{VERDICT}:\n{listed(report.problems)}",
+            report=report,
         )
     return report
 

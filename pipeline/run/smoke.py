@@ -30,7 +30,7 @@ from pipeline.plan.plan import Plan, make_plan
 from pipeline.report.outcome import Estimate, Smoke
 from pipeline.run import runner
 from pipeline.run.estimate import estimate_from_smoke
-from pipeline.run.gates import Candidate, pass_gates, structure
+from pipeline.run.gates import Candidate, pass_gates
 from pipeline.units import size_text
 from pipeline.verify.report import Report
 from pipeline.verify.verify import find_environment, how_verified
@@ -102,9 +102,9 @@ def _in(
         worker.run([])  # until vLLM is imported: what is measured next would share the cores with that
     try:
         outcome = runner.run(small, console, announce=False)
-    except VerificationFailed:  # it says where the result stays, which here is for `_lent` to decide
-        refused = Candidate(places(small.output)[1], hub.resolve(str(cut), None), small, None, console.say)
-        return pass_gates(refused, [structure]), None
+    except VerificationFailed as error:  # it says where the result stays, which here is for `_lent` to decide
+        assert error.report is not None
+        return error.report, None
     assert outcome.report is not None
     report = outcome.report
     if worker is None:

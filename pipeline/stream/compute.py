@@ -97,7 +97,7 @@ class Compute:
             data = turned
         used.append(self.take())
         result = memoryview(used[-1])[: piece.result_nbytes]
-        split = piece.result_nbytes - piece.rows * piece.columns  # one byte per FP8 value, behind the scales
+        split = piece.result_nbytes - piece.rows * piece.columns  # one byte per quantized value, behind the scales
         scales, values = result[:split], result[split:]
         self._quantizers[piece.dtype](data, values, scales, piece.rows, piece.columns)
         return result

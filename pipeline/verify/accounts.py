@@ -77,8 +77,9 @@ def check_accounts(
             if weight is None:
                 text = f"{module}.weight: the source has it ({name}), the checkpoint does not"
                 report.add("tensor-lost", f"{module}.weight", text)
-            elif (weight.dtype, weight.shape) != (FP8, (rows, columns)):
-                text = f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {FP8} {[rows, columns]}"
+            elif (weight.dtype, weight.shape) != (method.weight_dtype, (rows, columns)):
+                wanted = f"{method.weight_dtype} {[rows, columns]}"
+                text = f"{module}.weight: {weight.dtype} {list(weight.shape)}, expected {wanted}"
                 report.add("tensor-changed", f"{module}.weight", text)
     for name in result.tensors if method is not None else ():
         if name not in expected and not CACHE_SCALE.search(name):  # those have their own check
@@ -87,7 +88,8 @@ def check_accounts(
         dtype = result.tensors[cast[0]].dtype
         text = f"{cast[0]} is {dtype}, unlike the source's, {len(cast)} in all: rounded once more, or made wider"
         report.add("tensor-cast", cast[0], text)
-    what = "in FP8" if method is not None else "of the language model's linear layers quantized, as it seems"
+    as_it_seems = "of the language model's linear layers quantized, as it seems"
+    what = f"in {method.weight_type}" if method is not None else as_it_seems
     return f"{len(source.tensors)} source tensors accounted for: {copied} kept, {quantized} {what}"
 
 

@@ -292,7 +292,7 @@ def _quantize_again(
                     continue
                 wrong = wrong or f"{module}.{suffix}"
                 kind, there = stored[suffix]
-                if _far(expected, there, FP8 if suffix == "weight" else kind):
+                if _far(expected, there, scheme.format.weight_dtype if suffix == "weight" else kind):
                     return f"{module}.{suffix}", True
     return wrong, False
 
@@ -318,22 +318,23 @@ def _equal(a: Checkpoint, tensor: Tensor, b: Checkpoint, other: Tensor) -> bool:
 
 
 def _far(made: bytes, found: bytes, kind: str) -> bool:
-    """Whether two arrays are further apart than one rounding: a step of E4M3's codes, or of a scale's last bit.
+    """Whether two arrays are further apart than one rounding: a step of E4M3 or INT8 values, or of a scale's last bit.
 
-    Codes of which more than `MOST_OTHER` are a step off are so for another reason than a device's rounding.
+    Values of which more than `MOST_OTHER` are a step off are so for another reason than a device's rounding.
     The patterns of floating-point numbers of one sign are ordered as the numbers are.
     """
     import torch
 
-    if len(made) != len(found) or kind not in ("F8_E4M3", "BF16", "F16", "F32"):
+    widths = {FP8: torch.uint8, "I8": torch.int8, "BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
+    if len(made) != len(found) or kind not in widths:
         return True
-    width = {"F8_E4M3": torch.uint8, "BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}[kind]
-    a, b = (torch.frombuffer(bytearray(data), dtype=width).to(torch.int64) for data in (made, found))
-    sign = {"F8_E4M3": 0x80, "BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000}[kind]
-    a, b = (torch.where((v & sign) != 0, -(v & (sign - 1)), v & (sign - 1)) for v in (a, b))
-    nan = kind == "F8_E4M3" and bool((b.abs() == 0x7F).any())
+    a, b = (torch.frombuffer(bytearray(data), dtype=widths[kind]).to(torch.int64) for data in (made, found))
+    if kind != "I8":
+        sign = {FP8: 0x80, "BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000}[kind]
+        a, b = (torch.where((v & sign) != 0, -(v & (sign - 1)), v & (sign - 1)) for v in (a, b))
+    nan = kind == FP8 and bool((b.abs() == 0x7F).any())
     apart = (a - b).abs()
-    many = kind == "F8_E4M3" and a.numel() > SMALL and float((apart > 0).float().mean()) > MOST_OTHER
+    many = kind in (FP8, "I8") and a.numel() > SMALL and float((apart > 0).float().mean()) > MOST_OTHER
     return nan or many or bool(apart.max() > 1)
 
 

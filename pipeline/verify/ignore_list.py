@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint
-from pipeline.formats.base import FP8
+from pipeline.formats.base import FP8, Format
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import Selection, expert_modules, is_linear_shaped
 from pipeline.verify.report import Report
@@ -25,16 +25,17 @@ def check_ignore(
     selection: Selection,
     section: dict[str, Any],
     ignore: IgnoreList,
+    method: Format,
     report: Report,
 ) -> str:
-    """Every plain linear weight is ignored by the config, no FP8 weight is, and no entry matches nothing."""
+    """Every plain linear weight is ignored by the config, no quantized weight is, and no entry matches nothing."""
     linears = {
         name.removesuffix(".weight"): tensor.dtype
         for name, tensor in result.tensors.items()
         if is_linear_shaped(tensor)
         and selection.choices[name].role != "embedding"
         and (report.produced_here or not _may_be_embedding(name, selection))
-        and (tensor.dtype == FP8 or targeted(name.removesuffix(".weight"), section))
+        and (tensor.dtype == method.weight_dtype or targeted(name.removesuffix(".weight"), section))
     }
     modules = {name.rpartition(".")[0] for name in result.tensors}
     for name in result.tensors:  # fused experts that stay as they are go by their experts' names in a config
@@ -48,19 +49,18 @@ def check_ignore(
             for name, dtype in linears.items()
         }
         modules |= {alias for name in modules for alias in aliases(name)}
-    for problem in ignore.problems(linears, modules):
+    for problem in ignore.problems(linears, modules, method.weight_dtype):
         report.add(IGNORE_CODES[problem.kind], problem.subject, problem.text)
-    table = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "embedding"]
-    if table:
-        text = f"{table[0]}: an embedding in FP8, which vLLM would take for plain weights"
+    quantized = {n: selection.choices[n].role for n, t in result.tensors.items() if t.dtype == method.weight_dtype}
+    if table := [name for name, role in quantized.items() if role == "embedding"]:
+        text = f"{table[0]}: an embedding in {method.weight_type}, which vLLM would take for plain weights"
         report.add("embedding-quantized", table[0], text)
     _check_renamed(result, ignore, linears, report)
-    outside = [n for n, t in result.tensors.items() if t.dtype == FP8 and selection.choices[n].role == "outside"]
-    if outside:
-        text = f"{outside[0]}: {len(outside)} weights outside the language model are FP8"
+    if outside := [name for name, role in quantized.items() if role == "outside"]:
+        text = f"{outside[0]}: {len(outside)} weights outside the language model are {method.weight_type}"
         report.add("outside-quantized", outside[0], text)
-    plain = sum(dtype != FP8 for dtype in linears.values())
-    return f"{plain} plain linear weights: the config ignores each, and no FP8 weight"
+    plain = sum(dtype != method.weight_dtype for dtype in linears.values())
+    return f"{plain} plain linear weights: the config ignores each, and no {method.weight_type} weight"
 
 
 def _may_be_embedding(name: str, selection: Selection) -> bool:

@@ -6,25 +6,26 @@ from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint, read_json
 from pipeline.formats.base import Format
-from pipeline.formats.methods import OLD_FILE, SECTION, group_fits
+from pipeline.formats.methods import FLOAT_QUANTIZED, OLD_FILE, SECTION, group_fits
 from pipeline.model.ignore import IgnoreList
 from pipeline.verify.report import Report
-
-PLAIN_FORMATS = (None, "float-quantized", "naive-quantized")
 
 
 def check_section(section: dict[str, Any], method: Format, report: Report) -> IgnoreList:
     """The parts of the section that vLLM reads: what a group quantizes, how, and what is ignored."""
     groups = section.get("config_groups")
     found = list(groups.values()) if isinstance(groups, dict) else []
-    odd = [group["format"] for group in found if isinstance(group, dict) and group.get("format") not in PLAIN_FORMATS]
+    known = method.section_format or FLOAT_QUANTIZED
+    odd = [group["format"] for group in found if isinstance(group, dict) and group.get("format") not in (None, *known)]
     if odd:
-        text = f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not float-quantized"
+        text = f"{SECTION}.config_groups: a group's format is {odd[0]!r}, not {known[0]}"
         report.add("group-format-unknown", f"{SECTION}.config_groups", text)
     unsaid = method.groups_optional and not groups and not report.produced_here  # vLLM does not look at them there
     if not unsaid and (not found or not all(group_fits(group, method) for group in found)):
         how = (
-            "FP8 with static per-tensor scales, and so their inputs"
+            f"{method.weight_type}, and their inputs not quantized"
+            if not method.inputs
+            else "FP8 with static per-tensor scales, and so their inputs"
             if method.granularity == "tensor"
             else "FP8 with per-channel scales and activations FP8 per token"
         )
@@ -43,7 +44,7 @@ def check_section(section: dict[str, Any], method: Format, report: Report) -> Ig
                 "whoever made this checkpoint must say why it is there",
             )
     if method.section_format and section.get("format") not in method.section_format:
-        text = f"{SECTION}.format is {section.get('format')!r}, not float-quantized"
+        text = f"{SECTION}.format is {section.get('format')!r}, not {known[0]}"
         report.add("section-format-wrong", f"{SECTION}.format", text)
     if method.quant_algo is not None and section.get("quant_algo") != method.quant_algo:
         text = f"{SECTION}.quant_algo is {section.get('quant_algo')!r}, not {method.quant_algo}"

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.checkpoint.reader import read_tensor
 from pipeline.checkpoint.source import Checkpoint, Tensor
 from pipeline.checkpoint.values import FORMATS, scalar, unusable_scales
-from pipeline.formats.base import FP8, Format
+from pipeline.formats.base import Format
 from pipeline.formats.methods import ANY_SCALE, is_weight_scale
 from pipeline.model.fused import fused_groups
 from pipeline.verify.kv_cache import LEAST, MOST
@@ -16,32 +16,32 @@ from pipeline.verify.report import Report
 
 
 def check_scales(result: Checkpoint, method: Format, report: Report) -> str:
-    """Every FP8 weight has the scales that its method asks for, each finite, positive and of the right shape."""
+    """Every quantized weight has the scales that its method asks for, each finite, positive and of the right shape."""
     counted = 0
     kinds = ("weight_scale", "input_scale") if method.static_inputs else ("weight_scale",)
     for name, tensor in result.tensors.items():
         owner, _, last = name.rpartition(".")
         if last in ("weight_scale", "input_scale"):
             weight = result.tensors.get(f"{owner}.weight")
-            if weight is None or weight.dtype != FP8:
-                report.add("scale-without-weight", name, f"{name}: there is no FP8 weight that it scales")
+            if weight is None or weight.dtype != method.weight_dtype:
+                text = f"{name}: there is no {method.weight_type} weight that it scales"
+                report.add("scale-without-weight", name, text)
             elif last not in kinds:
                 text = f"{name}: a static input scale, but the config says that inputs are dynamic"
                 report.add("input-scale-unexpected", name, text)
             continue
-        if tensor.dtype != FP8:
+        if tensor.dtype != method.weight_dtype:
             continue
         counted += 1
         for kind in kinds:
             scale = result.tensors.get(f"{name.removesuffix('.weight')}.{kind}") if name.endswith(".weight") else None
             if scale is None:
                 if kind == "weight_scale":
-                    text = f"{name}: FP8 values without a weight_scale: vLLM would run them unscaled"
+                    text = f"{name}: {method.weight_type} values without a weight_scale: vLLM would run them unscaled"
                     report.add("weight-without-scale", name, text)
                 else:
-                    text = (
-                        f"{name}: FP8 values without an input_scale: vLLM would quantize its inputs with an unset scale"
-                    )
+                    what = f"{name}: {method.weight_type} values without an input_scale"
+                    text = f"{what}: vLLM would quantize its inputs with an unset scale"
                     report.add("input-scale-missing", name, text)
                 continue
             expected = method.scale_shape(tensor.shape[0]) if len(tensor.shape) == 2 else None
@@ -52,11 +52,11 @@ def check_scales(result: Checkpoint, method: Format, report: Report) -> str:
                 continue
             _check_usable(result, scale, report)
     if not counted:
-        report.add("no-fp8-weight", "", "there is no FP8 weight in this checkpoint")
+        report.add("no-fp8-weight", "", f"there is no {method.weight_type} weight in this checkpoint")
     if method.static_inputs:
-        _check_fused_weight_scales(result, report)
+        _check_fused_weight_scales(result, method, report)
         _check_input_scales(result, report)
-    return f"{counted} FP8 weights: each has finite, positive scales of the right shape"
+    return f"{counted} {method.weight_type} weights: each has finite, positive scales of the right shape"
 
 
 def _check_usable(result: Checkpoint, scale: Tensor, report: Report) -> None:
@@ -102,9 +102,9 @@ def check_scales_of_any_layout(result: Checkpoint, section: dict[str, Any], repo
     return f"{counted} scales of weights and inputs: finite and positive"
 
 
-def _check_fused_weight_scales(result: Checkpoint, report: Report) -> None:
+def _check_fused_weight_scales(result: Checkpoint, method: Format, report: Report) -> None:
     """Fused modules share one weight scale; where they do not, vLLM rounds them a second time."""
-    modules = [name.removesuffix(".weight") for name, tensor in result.tensors.items() if tensor.dtype == FP8]
+    modules = [name.removesuffix(".weight") for name, t in result.tensors.items() if t.dtype == method.weight_dtype]
     apart = []
     for group in fused_groups(modules):
         scales = [result.tensors.get(f"{module}.weight_scale") for module in group]

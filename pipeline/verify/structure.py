@@ -68,7 +68,7 @@ def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, re
         run("scales", check_scales, result, method, report)
         ignore = check_section(section, method, report)
         if selection is not None:
-            run("ignore list", check_ignore, result, selection, section, ignore, report)
+            run("ignore list", check_ignore, result, selection, section, ignore, method, report)
     elif section is not None:
         run("scales", check_scales_of_any_layout, result, section, report)
     if section is not None and selection is not None:
