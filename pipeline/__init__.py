@@ -27,7 +27,12 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 
 def convert(
-    recipe: Path | str | Mapping[str, Any], overrides: Sequence[str] = (), *, fresh: bool = False, quiet: bool = False
+    recipe: Path | str | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    restart: bool = False,
+    quiet: bool = False,
 ) -> Outcome:
     """Convert a checkpoint as ``quantize RECIPE [KEY=VALUE ...]`` does: plan, stream, finalize, verify, publish.
 
@@ -36,7 +41,9 @@ def convert(
     Args:
         recipe: a recipe's YAML file, or its keys as a mapping, e.g. ``{"model": {"source": ...}, "output": ...}``.
         overrides: ``KEY=VALUE`` with dotted keys, which win over the recipe.
-        fresh: start over: discard a stopped run, replace an earlier result of this program.
+        fresh: replace an earlier result of this program; a stopped run of this recipe goes on, one of another recipe
+            is thrown away.
+        restart: throw away what a stopped run finished, whatever recipe it had.
         quiet: print nothing.
 
     Returns:
@@ -56,4 +63,4 @@ def convert(
         wanted = recipes.parse(yaml.safe_dump(dict(recipe), allow_unicode=True), "recipe", overrides)
     else:
         wanted = recipes.load(recipe, overrides)
-    return runner.run(wanted, Console(quiet), fresh)
+    return runner.run(wanted, Console(quiet), fresh, restart=restart)

@@ -59,20 +59,24 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @main.command(name=DEFAULT_COMMAND)
 @RECIPE
 @OVERRIDES
-@click.option("--fresh", is_flag=True, help="Start over: throw away a stopped run, replace an earlier result.")
+@click.option(
+    "--fresh", is_flag=True, help="Replace an earlier result. A stopped run of this recipe goes on, others are removed."
+)
+@click.option("--restart", is_flag=True, help="Throw away what a stopped run finished, and begin with its first unit.")
 @click.option(
     "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then an estimate of the run."
 )
 @click.option("--keep", is_flag=True, help="With --smoke: leave the truncated source and result to look at.")
-def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bool, keep: bool) -> None:
+def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, restart: bool, smoke: bool, keep: bool) -> None:
     """Convert a checkpoint as RECIPE says (the word `run` may be left out)."""
     from pipeline.recipe import recipe as recipes
     from pipeline.report.console import Console
     from pipeline.run import runner
 
     console = Console()
-    if smoke and fresh:
-        _fail(UsageError("--fresh: it belongs to a whole run; --smoke never touches the output"))
+    if smoke and (fresh or restart):
+        option = "--fresh" if fresh else "--restart"
+        _fail(UsageError(f"{option}: it belongs to a whole run; --smoke never touches the output"))
     if smoke:
         from pipeline.run import smoke as smokes
 
@@ -85,7 +89,7 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, smoke: bo
         return
     if keep:
         _fail(UsageError("--keep: it belongs to --smoke"))
-    outcome = _guarded(lambda: runner.run(recipes.load(recipe, overrides), console, fresh))
+    outcome = _guarded(lambda: runner.run(recipes.load(recipe, overrides), console, fresh, restart=restart))
     console.show_outcome(outcome)
 
 
@@ -178,6 +182,7 @@ def verify(
 @click.option("--directory", type=click.Path(path_type=Path), help="For logs and report.  [default: batch/NAME]")
 @click.option("--on-finish", metavar="CMD", help="A shell command at the end; see docs/batch.md for its variables.")
 @click.option("--on-failure", metavar="CMD", help="A shell command for each job that fails for good.")
+@click.option("--fresh", is_flag=True, help="Replace results of other recipes; those of the same recipe stay.")
 @click.option("--dry-run", is_flag=True, help="Plan every job, show the table, start nothing.")
 @click.option("--status", is_flag=True, help="Show a batch that runs, or ran: the latest, or the one of DIR.")
 def batch(what: tuple[str, ...], status: bool, **options: Any) -> None:

@@ -8,6 +8,7 @@ leaves either the line and the bytes, or neither counts. A torn last line is cut
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -49,30 +50,46 @@ class State:
         done: the hashes of finished units.
         facts: what was measured while a unit was made, for the report.
         saved: the last hidden states.
+        replaces: the fingerprint of the result that the run was told to replace; None: it replaces none.
     """
 
     done: dict[int, list[Digest]] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     saved: Saved | None = None
+    replaces: str | None = None
 
 
 class Journal:
-    """The journal of one OUTPUT.partial, locked for as long as it is open."""
+    """The journal of one OUTPUT.partial, locked for as long as it is open.
+
+    Attributes:
+        discarded: whether opening it threw away what an earlier run had left.
+    """
 
     def __init__(self, partial: Path, file: int, lock: int, state: State) -> None:
         self.partial = partial
         self.done, self.facts, self.saved = state.done, state.facts, state.saved
+        self.discarded = False
         self._file = file
         self._lock = lock
 
     @classmethod
-    def open(cls, partial: Path, identity: dict[str, Any], fresh: bool = False) -> Journal:
+    def open(
+        cls,
+        partial: Path,
+        identity: dict[str, Any],
+        fresh: bool = False,
+        restart: bool = False,
+        replaces: str | None = None,
+    ) -> Journal:
         """Lock `partial`, making it if need be, and read what is finished.
 
         Args:
             partial: the directory under construction.
             identity: this run's; a journal of another identity is refused.
-            fresh: throw away what an earlier run left there.
+            fresh: throw away what a run of another identity left there; what this one finished stays.
+            restart: throw away whatever an earlier run left there.
+            replaces: the fingerprint of the result that this run is told to replace, for `begun_to_replace`.
 
         Raises:
             Busy: another process holds the lock.
@@ -83,19 +100,24 @@ class Journal:
         (partial / "quantize").mkdir(parents=True, exist_ok=True)
         lock = _lock(partial)
         try:
-            if fresh:
-                _empty(partial)
             path = partial / JOURNAL
+            discards = path.exists() and (restart or (fresh and not _goes_on(path, identity, partial)))
+            if discards or (fresh and not path.exists()):
+                _empty(partial)
             state = _read(path, identity, partial)
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if os.fstat(file).st_size == 0:
                 _append(file, {"identity": identity})
+            if replaces not in (None, state.replaces):
+                _append(file, {"replaces": replaces})
             for directory in (partial / "quantize", partial, partial.parent):
                 sync_directory(directory)
         except BaseException:
             os.close(lock)
             raise
-        return cls(partial, file, lock, state)
+        journal = cls(partial, file, lock, state)
+        journal.discarded = discards
+        return journal
 
     def finish(self, unit: int, digests: list[Digest], facts: dict[str, Any] | None = None) -> None:
         """Record a unit whose bytes are flushed, with what was measured while it was made."""
@@ -136,6 +158,27 @@ def read_identity(directory: Path) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, dict) else None
 
 
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """The SHA-256 of an identity, by which a journal names the result that its run replaces."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def begun_to_replace(partial: Path, identity: dict[str, Any], output: Path) -> bool:
+    """Whether a run of this identity was begun in `partial` to replace the very result that is in `output`.
+
+    The same command, or the command without ``--fresh``, then goes on and replaces it.
+    """
+    found = read_identity(output)
+    if found is None or read_identity(partial) != identity:
+        return False
+    try:
+        raw = (partial / JOURNAL).read_bytes()
+        state = _parse(raw[: raw.rfind(b"\n") + 1].splitlines()[1:])  # without the line that a kill tore
+    except (OSError, ValueError):
+        return False
+    return state.replaces == fingerprint(found)
+
+
 def read_pieces(directory: Path) -> list[Digest] | None:
     """The hashes that the run recorded, without units taken back; None without a journal.
 
@@ -160,6 +203,8 @@ def _parse(lines: list[bytes]) -> State:
                     state.facts.pop(unit, None)
             elif "hidden" in entry:
                 state.saved = Saved(*entry["hidden"])
+            elif "replaces" in entry:
+                state.replaces = entry["replaces"]
             else:
                 state.done[entry["unit"]] = [Digest(*row) for row in entry["pieces"]]
                 if "facts" in entry:
@@ -196,6 +241,15 @@ def discard(directory: Path) -> None:
     (directory / JOURNAL).unlink(missing_ok=True)
     sync_directory(directory / "quantize")
     shutil.rmtree(directory)
+
+
+def _goes_on(path: Path, identity: dict[str, Any], partial: Path) -> bool:
+    """Whether a run of this identity can go on from this journal."""
+    try:
+        _read(path, identity, partial)
+    except (OtherRun, UsageError):
+        return False
+    return True
 
 
 def _empty(partial: Path) -> None:

@@ -41,6 +41,7 @@ class Options:
     ray: str | None = None
     on_finish: str | None = None
     on_failure: str | None = None
+    fresh: bool = False
     dry_run: bool = False
 
 
@@ -62,7 +63,7 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
     name, jobs = collect(arguments)
     directory = (options.directory or PARENT / name).expanduser().absolute()
     disk_wait = seconds(options.disk_wait, "--disk-wait")
-    rules = Rules(end_of_window(options, time.time()), disk_wait, options.on_failure, options.on_finish)
+    rules = Rules(end_of_window(options, time.time()), disk_wait, options.on_failure, options.on_finish, options.fresh)
     if options.dry_run:
         return _dry_run(jobs, directory, options, console)
     executor = choose_executor(options)
@@ -100,7 +101,7 @@ def _dry_run(jobs: list[Job], directory: Path, options: Options, console: Consol
             if (directory / FILE).exists():
                 shutil.copyfile(directory / FILE, Path(temporary) / FILE)
             ledger = Ledger.open(Path(temporary), jobs)
-            queue = Queue(ledger, executor, Rules(), Watch(console, RunInfo(), executor.here))
+            queue = Queue(ledger, executor, Rules(fresh=options.fresh), Watch(console, RunInfo(), executor.here))
             queue.plan()
             ledger.close()
             return 1 if queue.counts()["refused"] else 0
@@ -150,7 +151,7 @@ def command(arguments: Sequence[str], options: Options) -> list[str]:
     for option in fields(options):
         value = getattr(options, option.name)
         if option.name != "dry_run" and value != option.default:
-            words += [f"--{option.name.replace('_', '-')}", str(value)]
+            words += [f"--{option.name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return words
 
 

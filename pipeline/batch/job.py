@@ -45,6 +45,7 @@ class JobRequest:
         until: seconds since the epoch at which the window ends; None: no window.
         estimate: seconds that the job is expected to take; it does not start if it would end after `until`.
         lock_wait: seconds to wait for another process on the same output, such as one that a lost batch left behind.
+        fresh: a result of another recipe is replaced.
         cluster: other nodes, with other processors, may have begun or published the job.
     """
 
@@ -56,6 +57,7 @@ class JobRequest:
     estimate: float = 0.0
     lock_wait: float = 120.0
     cluster: bool = False
+    fresh: bool = False
 
     def start(self, directory: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start the job's process, which ends with this one; the result of an earlier attempt is removed.
@@ -216,6 +218,9 @@ def _convert(recipe: Recipe, request: JobRequest, notes: list[str]) -> tuple[Pat
             if not error.begun and error.fields <= machine:
                 notes.append(f"it was published with {_names(error.fields)} of another node")
                 return places(recipe.output)[0], None
+            if not fresh and request.fresh:
+                fresh = True
+                continue
             if fresh or not error.begun or not error.fields <= machine | set(request.restarts):
                 raise
             fresh = True  # work with other batches, or of a processor that rounds otherwise, cannot be resumed here

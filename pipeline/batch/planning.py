@@ -119,13 +119,14 @@ def _from_json(line: str) -> Planned:
     return Refusal(**row) if "kind" in row else _plans().validate_python(row)
 
 
-def plan_all(jobs: Sequence[Job], directory: Path, here: bool = True) -> dict[str, Planned]:
+def plan_all(jobs: Sequence[Job], directory: Path, here: bool = True, fresh: bool = False) -> dict[str, Planned]:
     """Plan every job.
 
     Args:
         jobs: the jobs of a batch, with the overrides of their retries.
         directory: where the planning process keeps its log and its two temporary files.
         here: the jobs will run on this machine, so its memory and drives decide.
+        fresh: results of other recipes will be replaced.
 
     Returns:
         A plan or a refusal per job, by name.
@@ -136,7 +137,7 @@ def plan_all(jobs: Sequence[Job], directory: Path, here: bool = True) -> dict[st
     while left:
         rows = [{"name": job.name, "recipe": str(job.recipe), "overrides": job.overrides} for job in left]
         answers.write_text("", encoding="utf-8")
-        data = {"answers": str(answers), "here": here, "jobs": rows}
+        data = {"answers": str(answers), "here": here, "fresh": fresh, "jobs": rows}
         process = start_worker("pipeline.batch.planning", request, data, log)
         try:
             status = process.wait()
@@ -180,19 +181,19 @@ def main(path: str) -> None:
     remembered = lru_cache(maxsize=4)(prepare)  # jobs of one source often ask for the same captions
     with Path(request["answers"]).open("a", encoding="utf-8") as out:
         for row in request["jobs"]:
-            planned = _plan(Path(row["recipe"]), row["overrides"], request["here"], remembered)
+            planned = _plan(Path(row["recipe"]), row["overrides"], request["here"], request["fresh"], remembered)
             out.write(_to_json(planned) + "\n")
             out.flush()
 
 
-def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Planned:
+def _plan(path: Path, overrides: list[str], here: bool, fresh: bool, prepare: Prepare) -> Planned:
     from pipeline.recipe import recipe as recipes
 
     output = None
     try:
         recipe = recipes.load(path, overrides)
         output = str(Path(recipe.output).expanduser().absolute())
-        return _job_plan(_absolute(recipe), here, prepare)
+        return _job_plan(_absolute(recipe), here, fresh, prepare)
     except PipelineError as error:
         return Refusal(error.kind, str(error), output)
     except OSError as error:
@@ -200,7 +201,7 @@ def _plan(path: Path, overrides: list[str], here: bool, prepare: Prepare) -> Pla
         return Refusal(refused.kind, str(refused), output)
 
 
-def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
+def _job_plan(recipe: Recipe, here: bool, fresh: bool, prepare: Prepare) -> JobPlan:
     from pipeline.checkpoint import hub
     from pipeline.plan.disk import disk_need, scratch_need
     from pipeline.plan.plan import make_plan
@@ -213,7 +214,7 @@ def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
     except (DiskFull, OutOfMemory):  # another process, or an earlier job of this batch, takes it now: the job may wait
         fits_now = False
         plan = make_plan(_anywhere(recipe, "cpu", "host"), checkpoint, prepare)
-    already = _is_published(plan, here, fits_now)
+    already = _is_published(plan, here, fits_now, fresh)
     if here and fits_now:
         _refuse_too_large(plan)
     environment = find_environment(recipe)
@@ -234,15 +235,17 @@ def _job_plan(recipe: Recipe, here: bool, prepare: Prepare) -> JobPlan:
     )
 
 
-def _is_published(plan: Plan, here: bool, fits_now: bool) -> bool:
-    """Whether the result is there; raises what refuses the job for good."""
+def _is_published(plan: Plan, here: bool, fits_now: bool, fresh: bool) -> bool:
+    """Whether this very result is there; raises what refuses the job for good."""
     from pipeline.run import runner
 
     try:
         return runner.preflight(plan)
     except OtherRun as error:  # a plan for another machine differs from the published one in that machine's fields
         if (here and fits_now) or error.begun or not error.fields <= MACHINE_FIELDS:
-            raise
+            if not fresh:
+                raise
+            return runner.preflight(plan, replace=True)
         return True
     except DiskFull:
         return False  # full now; the batch waits for space

@@ -47,12 +47,14 @@ class Rules:
         disk_wait: seconds that a job waits for space on its drive.
         on_failure: a shell command for each job that fails for good.
         on_finish: a shell command at the end.
+        fresh: results of other recipes are replaced; results of the same recipe stay.
     """
 
     until: float | None = None
     disk_wait: float = 7200.0
     on_failure: str | None = None
     on_finish: str | None = None
+    fresh: bool = False
 
 
 class Watcher(Protocol):
@@ -123,7 +125,7 @@ class Queue:
             else:
                 wanted.append(record)
         jobs = [replace(record.job, overrides=(*record.job.overrides, *record.changed)) for record in wanted]
-        found = plan_all(jobs, self.ledger.directory, self.executor.here)
+        found = plan_all(jobs, self.ledger.directory, self.executor.here, self.rules.fresh)
         for record in wanted:
             self._take_plan(record, found[record.name])
         for record, plan in self.planned():  # earlier runs of this batch tell how fast the machine is
@@ -269,6 +271,7 @@ class Queue:
             until=self.rules.until,
             estimate=estimate,
             cluster=not self.executor.here,
+            fresh=self.rules.fresh,
         )
         self.ledger.start(record, estimate, self.estimator.informed)
         try:

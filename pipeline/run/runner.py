@@ -20,7 +20,7 @@ from pipeline.errors import (
     attempt,
 )
 from pipeline.events import EventLog, recorded_layers
-from pipeline.journal import Journal, differences, differing, discard, read_identity
+from pipeline.journal import Journal, begun_to_replace, differences, differing, discard, fingerprint, read_identity
 from pipeline.machine.memory import peak_rss_bytes
 from pipeline.machine.signals import Stop, stop_on_signals
 from pipeline.plan.disk import check_disk
@@ -47,14 +47,16 @@ if TYPE_CHECKING:
     from pipeline.report.console import Console
 
 
-def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = True) -> Outcome:
+def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = True, restart: bool = False) -> Outcome:
     """Convert a checkpoint as the recipe says.
 
     Args:
         recipe: validated.
         console: what the user sees.
-        fresh: throw away what an earlier run left, and replace a result of this program.
+        fresh: replace a result of this program, and throw away what a stopped run of another recipe left. A stopped
+            run of this recipe goes on, with or without `fresh`, and then replaces what it was begun to replace.
         announce: say how the result will be verified; a smoke test does that itself, afterwards.
+        restart: throw away what a stopped run finished, whatever recipe it had.
 
     Raises:
         PipelineError: see `pipeline.errors`; nothing is published then.
@@ -62,19 +64,21 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
     output, partial = places(recipe.output)
     with stop_on_signals() as stop:
         plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
-        if preflight(plan, fresh):
+        replace = fresh or begun_to_replace(partial, plan.identity, output)
+        if preflight(plan, replace):
             return published(plan, output, console)
         environment = find_environment(recipe)
-        if fresh and partial.exists():
-            console.say(f"starting over: what {partial} holds is thrown away")
         console.show_plan(plan)
         if announce:
             console.say(how_verified(recipe, environment))
-        journal = attempt(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh))
+        before = read_identity(output) if replace else None
+        replaces = fingerprint(before) if before is not None else None
+        journal = attempt(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh, restart, replaces))
         try:
-            if fresh:
+            if journal.discarded:
+                console.say(f"starting over: what {partial} held is thrown away")
                 _scratch(plan, partial).clear()
-            if _finished(plan, output, fresh):  # another process published while this one waited for the lock
+            if _finished(plan, output, replace):  # another process published while this one waited for the lock
                 discard(partial)
                 return published(plan, output, console)
             with _recorded(plan, journal, stop) as log:
@@ -83,14 +87,18 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
                 report = _gates(plan, partial, log, environment, console)
             findings = tuple(calibration_report.findings(plan, journal))
             stop.hold()
-            _publish(plan, output, partial, fresh)
+            _publish(plan, output, partial, replace)
         finally:
             journal.close()
     return Outcome(output, False, recorded_layers(output / EVENTS), totals, report, findings)
 
 
-def preflight(plan: Plan, fresh: bool = False) -> bool:
+def preflight(plan: Plan, replace: bool = False) -> bool:
     """Everything that can be refused before the first byte; nothing is written.
+
+    Args:
+        plan: of the run.
+        replace: a result of this program in `output` will be replaced; also where a stopped run was begun to do so.
 
     Returns:
         Whether `output` is this very result already.
@@ -100,6 +108,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
         PipelineError: the disk is too small.
     """
     output, partial = places(plan.recipe.output)
+    replace = replace or begun_to_replace(partial, plan.identity, output)
     profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)  # refuses what no stated GPU can hold
     for place in (output, partial):
         _refuse_overlap(plan, place, "output")
@@ -110,7 +119,7 @@ def preflight(plan: Plan, fresh: bool = False) -> bool:
             raise UsageError(
                 f"runtime.work_directory: {work} is, or lies in, the output", remedy="choose another place"
             )
-    if _finished(plan, output, fresh):
+    if _finished(plan, output, replace):
         return True
     attempt("looking at the disk", lambda: check_disk(plan, output, partial))
     return False
@@ -210,20 +219,20 @@ def _gates(plan: Plan, partial: Path, log: EventLog, environment: VllmEnvironmen
     return report
 
 
-def _publish(plan: Plan, output: Path, partial: Path, fresh: bool) -> None:
-    """Give the result its name, by one rename; `fresh`: in the place of an earlier result, which is discarded."""
-    _finished(plan, output, fresh)  # what stands there now may be replaced, or is refused
-    exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=fresh))
+def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
+    """Give the result its name, by one rename; `replace`: in the place of an earlier result, which is discarded."""
+    _finished(plan, output, replace)  # what stands there now may be replaced, or is refused
+    exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=replace))
     (output / LOCK).unlink(missing_ok=True)
     if exchanged:
-        discard(partial)  # the result that --fresh replaces
+        discard(partial)  # the result that was replaced
 
 
 # --- guards ------------------------------------------------------------------------------------------
 
 
-def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
-    """Whether `output` is this very result; anything else of that name is refused, unless `fresh` may replace it."""
+def _finished(plan: Plan, output: Path, replace: bool) -> bool:
+    """Whether `output` is this very result; anything else of that name is refused, unless `replace` allows it."""
     if not output.exists() and not output.is_symlink():
         return False
     found = read_identity(output) if output.is_dir() and not output.is_symlink() else None
@@ -231,7 +240,7 @@ def _finished(plan: Plan, output: Path, fresh: bool) -> bool:
         raise UsageError(
             f"{output}: it exists and is no result of this program", remedy="move it, or choose another output"
         )
-    if fresh:
+    if replace:
         return False
     if found != plan.identity:
         changed = "\n".join(f"  {line}" for line in differences(found, plan.identity))
