@@ -29,7 +29,7 @@ def test_gates_and_the_command_come_to_one_report(tmp_path: Path) -> None:
     out = runner.run(wanted, Console(quiet=True)).output
     asked = wanted.model_copy(update={"verify": "load"})
     candidate = gates.Candidate(out, open_checkpoint(source), asked, None, lambda text: None)
-    report = gates.pass_gates(candidate)
+    report = gates.pass_gates(candidate, (gates.structure, gates.vllm))
     same = verify(out, open_checkpoint(source), "load")
     same.checkpoint = out.name
     assert report.as_json() == same.as_json() and report is candidate.report

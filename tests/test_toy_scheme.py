@@ -2,7 +2,7 @@
 
 The first is data-free: FP8 with one power-of-two scale per output row, kept as a vector in F32; its section says
 ``quant_method: toy``. The second is calibrated: per-tensor FP8 in compressed-tensors' words, with KV scales. The third
-is no FP8 at all: weight-only INT8, data-free.
+is no FP8 at all: weight-only INT8, data-free (vLLM takes weight-only integers only packed: it would not load this one).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ last batch only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from pipeline.checkpoint.source import DTYPE_BYTES
 from pipeline.formats.base import Output, Requantized
 from pipeline.formats.kv_scales import COMPRESSED_NAMES
 from pipeline.formats.methods import COMPRESSED
-from pipeline.model.selection import Selection
+from pipeline.model.selection import Selection, outside_patterns
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.source import Checkpoint
@@ -77,7 +76,7 @@ class FP8Dynamic:
             "config_groups": self.groups(),
             "format": "float-quantized",
             "global_compression_ratio": None,
-            "ignore": [*selection.kept_linears, *_patterns(selection)],
+            "ignore": [*selection.kept_linears, *outside_patterns(selection)],
             "kv_cache_scheme": None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
@@ -150,24 +149,6 @@ class FP8DynamicKV(FP8Dynamic):
     def finish(self, layer: Layer, observed: Observed) -> dict[str, Any]:
         """The KV scales alone: weights need no data."""
         return {} if layer.attention is None else scale_tensors(layer.attention, observed, COMPRESSED_NAMES)
-
-
-def _patterns(selection: Selection) -> list[str]:
-    """One regular expression for each part outside, unless it would also match inside the language model."""
-    patterns = []
-    inside = [
-        name.removesuffix(".weight")
-        for name, choice in selection.choices.items()
-        if choice.role in ("linear", "experts")
-    ]
-    for component in selection.outside:
-        last = component.rpartition(".")[2]
-        if last.isdigit():
-            continue
-        pattern = rf"(?:.*\.)?{re.escape(last)}(?:\..*)?$"
-        if not any(re.match(pattern, name) for name in inside):
-            patterns.append(f"re:{pattern}")
-    return list(dict.fromkeys(patterns))
 
 
 def requantize(

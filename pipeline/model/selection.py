@@ -445,3 +445,25 @@ def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection)
     block, _, kind = name.rpartition(".")
     for _, modules in expert_modules(block, kind, selection.expert_layouts[block]):
         yield from modules
+
+
+def outside_patterns(selection: Selection) -> list[str]:
+    """Entries of a compressed-tensors ``ignore`` for the parts outside the language model.
+
+    One regular expression for each part, unless it would also match inside: vLLM merges q, k and v of vision towers,
+    and asks under a name that no checkpoint has.
+    """
+    patterns = []
+    inside = [
+        name.removesuffix(".weight")
+        for name, choice in selection.choices.items()
+        if choice.role in ("linear", "experts")
+    ]
+    for component in selection.outside:
+        last = component.rpartition(".")[2]
+        if last.isdigit():
+            continue
+        pattern = rf"(?:.*\.)?{re.escape(last)}(?:\..*)?$"
+        if not any(re.match(pattern, name) for name in inside):
+            patterns.append(f"re:{pattern}")
+    return list(dict.fromkeys(patterns))

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.recipe.recipe import json_schema
+from pipeline.recipe.sections import Common
 
 HEAD = """\
 # The recipe
@@ -25,23 +26,22 @@ editors.
 def markdown() -> str:
     """The page: a table per section, with type, default, example and meaning of every key."""
     schema = json_schema()
-    definitions = schema["$defs"]
+    shared = Common.model_json_schema()
+    definitions = {**schema["$defs"], **shared["$defs"]}
     variants = {
         name: definitions[reference.rpartition("/")[2]]
         for name, reference in schema["discriminator"]["mapping"].items()
     }
-    first = next(iter(variants.values()))
-    own = ("backend", "scheme", "backend_options")
-    parts = [HEAD, "## Top level\n", _backends(variants, definitions), *_table(first, definitions, "", own)]
+    parts = [HEAD, "## Top level\n", _backends(variants, definitions), *_table(shared, definitions, "")]
     for name, variant in variants.items():
         options = _section(variant["properties"]["backend_options"], definitions)
         if options is not None and options["properties"]:
-            parts += [f"## `backend_options` of {name}\n", *_table(options, definitions, "backend_options.", ())]
-    for name, described in first["properties"].items():
+            parts += [f"## `backend_options` of {name}\n", *_table(options, definitions, "backend_options.")]
+    for name, described in shared["properties"].items():
         section = _section(described, definitions)
-        if name not in own and section is not None:
+        if section is not None:
             parts += [f"## `{name}`\n", section["description"].split("\n")[0] + "\n"]
-            parts += _table(section, definitions, f"{name}.", ())
+            parts += _table(section, definitions, f"{name}.")
     return "\n".join(parts)
 
 
@@ -53,14 +53,10 @@ def _backends(variants: Mapping[str, Any], definitions: Mapping[str, Any]) -> st
     return "\n".join(rows) + "\n"
 
 
-def _table(
-    section: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str, without: tuple[str, ...]
-) -> Iterator[str]:
+def _table(section: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str) -> Iterator[str]:
     rows = ["| key | type | default | example | |", "|---|---|---|---|---|"]
     inner: list[tuple[str, Mapping[str, Any]]] = []
     for name, described in section["properties"].items():
-        if name in without:
-            continue
         below = _section(described, definitions)
         if below is not None:
             inner.append((f"{prefix}{name}.", below))
@@ -74,7 +70,7 @@ def _table(
     yield "\n".join(rows) + "\n"
     for below_prefix, below in inner:
         if prefix:  # sections of the top level have a heading of their own
-            yield from _table(below, definitions, below_prefix, ())
+            yield from _table(below, definitions, below_prefix)
 
 
 def _yaml(value: Any) -> str:

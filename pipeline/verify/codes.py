@@ -51,7 +51,7 @@ SECTIONS: dict[str, dict[str, Code]] = {
         "layout-unknown": _note("The layout is not known here; only vLLM can tell whether it can be served."),
     },
     "Scales of weights and inputs": {
-        "no-fp8-weight": _problem("The config describes FP8 weights, but there is none."),
+        "no-fp8-weight": _problem("The config describes quantized weights, but there is none."),
         "weight-without-scale": _problem("A quantized weight has no scale; vLLM would run it unscaled."),
         "input-scale-missing": _problem("The config says that inputs are static, but a weight has no input scale."),
         "input-scale-unexpected": _problem("There is an input scale, but the config says that inputs are dynamic."),
@@ -85,8 +85,8 @@ SECTIONS: dict[str, dict[str, Code]] = {
     },
     "The quantization section of the config": {
         "groups-do-not-fit": _problem("config_groups do not describe the weights and inputs as they lie in the files."),
-        "group-format-unknown": _problem("A group of config_groups has another format than float-quantized."),
-        "section-format-wrong": _problem("The section's format is not float-quantized."),
+        "group-format-unknown": _problem("A group of config_groups has another format than its layout."),
+        "section-format-wrong": _problem("The section's format is not its layout's."),
         "quant-algo-wrong": _problem("ModelOpt's quant_algo is not FP8."),
         "transform-unexpected": _problem("The section asks vLLM for a transform or sparsity beside FP8."),
         "hf-quant-config-invalid": _problem("hf_quant_config.json has no object under quantization."),
@@ -94,15 +94,15 @@ SECTIONS: dict[str, dict[str, Code]] = {
     },
     "The ignore list": {
         "ignore-list-invalid": _problem("The list is no list, or an entry is no module's name or pattern."),
-        "fp8-weight-ignored": _problem("The config ignores an FP8 weight; vLLM would take it for a plain weight."),
+        "fp8-weight-ignored": _problem("The config ignores a quantized weight; vLLM would take it for a plain weight."),
         "plain-weight-not-ignored": _problem("The config does not ignore a plain weight; vLLM would cast it to FP8."),
         "ignore-misses-vllm-name": _problem("A pattern matches the checkpoint's name of a module, but not vLLM's."),
         "ignore-entry-idle": _problem("An entry is the name of a module that is not in the checkpoint."),
         "ignore-pattern-idle": Code(
             "problem", "note", "An entry is a pattern, or for ModelOpt a part of a name, and matches no module."
         ),
-        "embedding-quantized": _problem("An embedding is in FP8; vLLM would take its values for plain weights."),
-        "outside-quantized": _note("Weights outside the language model are in FP8."),
+        "embedding-quantized": _problem("An embedding is quantized; vLLM would take its values for plain weights."),
+        "outside-quantized": _note("Weights outside the language model are quantized."),
     },
     "Tokenizer, config and small files": {
         "server-file-lost": _problem("vLLM does not start without a file that the source has."),
