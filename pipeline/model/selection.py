@@ -450,7 +450,7 @@ def expected_modules(name: str, tensor: Tensor, role: str, selection: Selection)
 def outside_patterns(selection: Selection) -> list[str]:
     """Entries of a compressed-tensors ``ignore`` for the parts outside the language model.
 
-    One regular expression for each part, unless it would also match inside: vLLM merges q/k/v of some vision towers, and
+    One regular expression for each part, unless it would also match inside: vLLM merges q/k/v of some vision towers and
     then finds no literal name of the merged module.
     """
     patterns = []
