@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.source import open_checkpoint
 from tests.conftest import SHARED, all_tensors
 from tests.warm import Warm
 
@@ -96,3 +99,28 @@ def test_exact_mode_is_modelopt(
         for config in (ours, other):
             config.get("quantization_config", config).get("producer", {}).pop("version", None)
         assert ours == other, file
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "internvl", "llava"])
+def test_exact_results_of_tied_vision_language_models_are_published(
+    name: str, source_of: Callable, warm: Warm, tmp_path: Path
+) -> None:
+    """ModelOpt's own config ignores a head that has no tensor, and a vision tower by transformers' name of it."""
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.verify.structure import check_structure
+
+    source = shutil.copytree(source_of(name), tmp_path / "source")
+    tensors: dict[str, Any] = {}
+    for path in [*source.glob("*.safetensors"), *source.glob("*.index.json")]:
+        tensors.update(load_file(path) if path.suffix == ".safetensors" else {})
+        path.unlink()
+    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith("lm_head.weight")}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    done = warm(write_recipe(tmp_path / "r.yaml", source, tmp_path / "out", 16, EXACT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = check_structure(tmp_path / "out", open_checkpoint(source), contents=True)
+    assert report.passed, report.problems
+    assert "ignore-entry-modelopts" in {finding.code for finding in report.findings}

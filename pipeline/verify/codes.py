@@ -101,6 +101,7 @@ SECTIONS: dict[str, dict[str, Code]] = {
         "ignore-pattern-idle": Code(
             "problem", "note", "An entry is a pattern, or for ModelOpt a part of a name, and matches no module."
         ),
+        "ignore-entry-modelopts": _note("In exact mode: an entry of ModelOpt's own list matches no module."),
         "embedding-quantized": _problem("An embedding is quantized; vLLM would take its values for plain weights."),
         "outside-quantized": _note("Weights outside the language model are quantized."),
     },

@@ -29,12 +29,13 @@ def check_ignore(
     report: Report,
 ) -> str:
     """Every plain linear weight is ignored by the config, no quantized weight is, and no entry matches nothing."""
+    own_names = report.produced_here and not report.library_config
     linears = {
         name.removesuffix(".weight"): tensor.dtype
         for name, tensor in result.tensors.items()
         if is_linear_shaped(tensor)
         and selection.choices[name].role != "embedding"
-        and (report.produced_here or not _may_be_embedding(name, selection))
+        and (own_names or not _may_be_embedding(name, selection))
         and (tensor.dtype == method.weight_dtype or targeted(name.removesuffix(".weight"), section))
     }
     modules = {name.rpartition(".")[0] for name in result.tensors}
@@ -43,14 +44,17 @@ def check_ignore(
         if block in selection.expert_layouts and kind in ("gate_up_proj", "down_proj"):
             for _, parts in expert_modules(block, kind, selection.expert_layouts[block]):
                 modules.update(module for module, _, _ in parts)
-    if not report.produced_here:  # others list the names that transformers has; vLLM translates those as well
+    if not own_names:  # others list the names that transformers has; vLLM translates those as well
         linears = {
             next((alias for alias in aliases(name) if alias in ignore), name) if name not in ignore else name: dtype
             for name, dtype in linears.items()
         }
         modules |= {alias for name in modules for alias in aliases(name)}
     for problem in ignore.problems(linears, modules, method.weight_dtype):
-        report.add(IGNORE_CODES[problem.kind], problem.subject, problem.text)
+        code = IGNORE_CODES[problem.kind]
+        if report.library_config and problem.kind in ("idle name", "idle pattern"):
+            code = "ignore-entry-modelopts"  # a tied head, for one, is a module of transformers' class and no tensor
+        report.add(code, problem.subject, problem.text)
     quantized = {n: selection.choices[n].role for n, t in result.tensors.items() if t.dtype == method.weight_dtype}
     if table := [name for name, role in quantized.items() if role == "embedding"]:
         text = f"{table[0]}: an embedding in {method.weight_type}, which vLLM would take for plain weights"

@@ -53,7 +53,7 @@ def check_section(section: dict[str, Any], method: Format, report: Report) -> Ig
     try:
         if not isinstance(entries, list):
             raise ValueError(f"{entries!r} is no list")
-        return IgnoreList(entries, method.ignore_globs, loose=not report.produced_here)
+        return IgnoreList(entries, method.ignore_globs, loose=report.library_config or not report.produced_here)
     except ValueError as error:
         report.add("ignore-list-invalid", f"{SECTION}.ignore", f"{SECTION}.ignore: {error}")
         return IgnoreList([])

@@ -48,6 +48,8 @@ class Report:
         level: how far the checks came.
         asked: how far they were to come.
         vllm: what vLLM said, as plain data; empty without it.
+        library_config: whether the run wrote its library's own config (``exact: true``), which names modules as third
+            parties do.
     """
 
     checkpoint: str
@@ -59,6 +61,7 @@ class Report:
     level: str = "structure"
     asked: str = "structure"
     vllm: dict[str, Any] = field(default_factory=dict)
+    library_config: bool = False
 
     def add(self, code: str, subject: str, text: str, remedy: str | None = None) -> None:
         """Add a finding, unless `CODES` says that it is not looked for in such a checkpoint.

@@ -50,7 +50,10 @@ def check_structure(directory: Path, source: Checkpoint | None = None, contents:
 
 def empty_report(directory: Path, source: Checkpoint | None) -> Report:
     """An empty report, which knows whether this tool produced the checkpoint."""
-    return Report(str(directory), source.label if source else None, read_identity(directory) is not None)
+    identity = read_identity(directory)
+    options = (identity or {}).get("backend_options")
+    exact = isinstance(options, dict) and options.get("exact") is True
+    return Report(str(directory), source.label if source else None, identity is not None, library_config=exact)
 
 
 def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, report: Report) -> None:
