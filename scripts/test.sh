@@ -12,4 +12,4 @@ bash scripts/setup_vllm.sh
 .venv/bin/lint-imports
 .venv/bin/deptry .
 export TESTS_NEED_VLLM=1 OMP_WAIT_POLICY=PASSIVE  # threads that spin while they wait would take the other's core
-exec .venv/bin/python -m pytest -m "" --durations=10 -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -m "" --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"

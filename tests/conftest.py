@@ -47,21 +47,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
-# What takes longest begins first, so that two processes end at about the same time. Clusters of Ray come one after the
-# other: their nodes' addresses and ports are this machine's.
-CLUSTERS = ("test_batch_twelve", "test_executors", "test_batch_ray")
-FIRST = ("test_vllm", *CLUSTERS, "test_batch", "test_big", "test_third_party", "test_equal_modelopt")
+# What takes longest begins first, so that the two processes of scripts/test.sh end at about the same time.
+FIRST = (
+    "test_vllm", "test_batch_twelve", "test_executors", "test_batch_ray", "test_batch", "test_big", "test_serve",
+    "test_third_party", "test_equal_modelopt",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For the two processes of scripts/test.sh: a module's tests share their fixtures, so they stay in one process."""
-    if not config.pluginmanager.hasplugin("xdist") or not config.getoption("numprocesses", None):
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in CLUSTERS else item.path.stem))
-    places = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
+    """Under pytest-xdist, the order in which files are given to its processes."""
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(FIRST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(scope="session")

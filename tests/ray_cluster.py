@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import pytest
 
@@ -191,8 +193,12 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = {**kept, **SETTINGS, "RAY_AUTH_TOKEN_PATH": str(self.token), **(environment or {})}
         self._scratch: Path | None = None
+        self._turn: IO[bytes] | None = None
 
     def __enter__(self) -> Cluster:
+        # One cluster at a time: addresses and ports are this machine's, also where two processes run tests.
+        self._turn = (Path(tempfile.gettempdir()) / f"ray-cluster-tests-{os.getuid()}.lock").open("wb")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
         try:
             self._start()
         except BaseException:
@@ -217,6 +223,8 @@ class Cluster:
         finally:
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
+            if self._turn is not None:
+                self._turn.close()
 
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
