@@ -52,6 +52,7 @@ def main() -> None:
     """
 
 
+FORMAT = 1  # of what --json prints; keys are added, none changes its meaning
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
@@ -67,7 +68,10 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
     "--smoke", is_flag=True, help="The first layers and a few captions only, elsewhere; then an estimate of the run."
 )
 @click.option("--keep", is_flag=True, help="With --smoke: leave the truncated source and result to look at.")
-def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, restart: bool, smoke: bool, keep: bool) -> None:
+@click.option("--verbose", is_flag=True, help="At the end, the slowest layers as well.")
+def run_command(
+    recipe: Path, overrides: tuple[str, ...], fresh: bool, restart: bool, smoke: bool, keep: bool, verbose: bool
+) -> None:
     """Convert a checkpoint as RECIPE says (the word `run` may be left out)."""
     from pipeline.recipe import recipe as recipes
     from pipeline.report.console import Console
@@ -90,7 +94,7 @@ def run_command(recipe: Path, overrides: tuple[str, ...], fresh: bool, restart: 
     if keep:
         _fail(UsageError("--keep: it belongs to --smoke"))
     outcome = _guarded(lambda: runner.run(recipes.load(recipe, overrides), console, fresh, restart=restart))
-    console.show_outcome(outcome)
+    console.show_outcome(outcome, slowest=5 if verbose else 0)
 
 
 @main.command()
@@ -114,9 +118,9 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         environment = find_environment(wanted)
         return made, environment, estimate_by_rule(made, "structure" if environment is None else wanted.verify)
 
-    made, environment, estimate = _guarded(make)
+    made, environment, estimate = _guarded(make, as_json=as_json)
     if as_json:
-        click.echo(json.dumps(plan_as_json(made, estimate)))
+        click.echo(json.dumps({"format": FORMAT, **plan_as_json(made, estimate)}))
         return
     from pipeline.report.console import Console
 
@@ -162,9 +166,9 @@ def verify(
         with VllmWorker(found) if found is not None else nullcontext() as worker:
             return verify.verify(checkpoint, original, cast(verify.Level, level), worker, contents=True, say=say)
 
-    report = _guarded(check, NOTHING_KEPT)
+    report = _guarded(check, NOTHING_KEPT, as_json)
     if as_json:
-        click.echo(json.dumps(report.as_json(), indent=2))
+        click.echo(json.dumps({"format": FORMAT, **report.as_json()}, indent=2))
     else:
         console.show_report(report)
     if not report.passed:
@@ -185,7 +189,8 @@ def verify(
 @click.option("--fresh", is_flag=True, help="Replace results of other recipes; those of the same recipe stay.")
 @click.option("--dry-run", is_flag=True, help="Plan every job, show the table, start nothing.")
 @click.option("--status", is_flag=True, help="Show a batch that runs, or ran: the latest, or the one of DIR.")
-def batch(what: tuple[str, ...], status: bool, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="At the end the report as JSON, and nothing else.")
+def batch(what: tuple[str, ...], status: bool, as_json: bool, **options: Any) -> None:
     """Convert many checkpoints, unattended: each in its own process, resumed, retried or refused as it deserves.
 
     The same command again goes on where a batch stopped. Exit status 0: all are published; 1: some failed; 75: the
@@ -194,12 +199,15 @@ def batch(what: tuple[str, ...], status: bool, **options: Any) -> None:
     from pipeline.batch import command
     from pipeline.report.console import Console
 
-    console = Console()
+    console = Console(quiet=as_json)
     if status:
-        directory = options["directory"] or (Path(what[0]) if what else None)
-        _guarded(lambda: command.status(directory, console), NOTHING_KEPT)
-        return
-    done = _guarded(lambda: command.run(what, command.Options(**options), console))
+        named = options["directory"] or (Path(what[0]) if what else None)
+        directory = _guarded(lambda: command.status(named, console), NOTHING_KEPT, as_json)
+        done = 0
+    else:
+        done, directory = _guarded(lambda: command.run(what, command.Options(**options), console), as_json=as_json)
+    if as_json and directory is not None:
+        click.echo((directory / "report.json").read_text(encoding="utf-8"), nl=False)
     if done:
         sys.exit(done)
 
@@ -220,9 +228,9 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
     def look() -> list[doctors.Finding]:
         return doctors.examine(recipes.load(recipe, overrides) if recipe is not None else None)
 
-    findings = _guarded(look, NOTHING_KEPT)
+    findings = _guarded(look, NOTHING_KEPT, as_json)
     if as_json:
-        click.echo(json.dumps(doctors.as_json(findings), indent=2))
+        click.echo(json.dumps({"format": FORMAT, **doctors.as_json(findings)}, indent=2))
     else:
         from pipeline.report.console import Console
 
@@ -232,7 +240,10 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="trace.json", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="trace.json", show_default=True,
+    help="The file; - is standard output.",
+)  # fmt: skip
 def trace(checkpoint: Path, output: Path) -> None:
     """Write a run's timings as a trace that opens in Perfetto (ui.perfetto.dev). CHECKPOINT may be a .partial."""
     from pipeline.checkpoint.result import EVENTS
@@ -242,6 +253,9 @@ def trace(checkpoint: Path, output: Path) -> None:
     if not events.exists():
         _fail(UsageError(f"{events}: no such file; a run of this program leaves it in its output"))
     made = _guarded(lambda: chrome_trace(read_events(events)))
+    if str(output) == "-":
+        click.echo(json.dumps(made))
+        return
     _guarded(lambda: output.write_text(json.dumps(made), encoding="utf-8"))
     click.echo(f"{output}: {len(made['traceEvents'])} events; open it at ui.perfetto.dev")
 
@@ -279,8 +293,10 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2))
 
 
-def _guarded(call: Any, interrupted: str = KEPT) -> Any:
+def _guarded(call: Any, interrupted: str = KEPT, as_json: bool = False) -> Any:
     """Run a command's work; what the user can fix becomes text and an exit status, never a traceback.
+
+    With `as_json` an error is an object on standard output, too, for whoever reads that.
 
     SIGTERM and SIGHUP end it as Ctrl-C does, so that whatever cleans up behind itself can.
     """
@@ -289,12 +305,12 @@ def _guarded(call: Any, interrupted: str = KEPT) -> Any:
     try:
         return call()
     except PipelineError as error:
-        _fail(error)
+        _fail(error, as_json)
     except KeyboardInterrupt:
         click.echo(interrupted, err=True)
         sys.exit(75)
     except OSError as error:
-        _fail(from_os_error(error, "this command"))
+        _fail(from_os_error(error, "this command"), as_json)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -304,7 +320,11 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(error: PipelineError) -> NoReturn:
+def _fail(error: PipelineError, as_json: bool = False) -> NoReturn:
+    if as_json:
+        text = "\n".join((error.message, *error.lines))
+        fields = {"kind": error.kind, "message": text, "remedy": error.remedy, "exit_status": error.exit_status}
+        click.echo(json.dumps({"format": FORMAT, "error": fields}))
     for line in str(error).splitlines():
         click.echo(line if error.exit_status == 75 or line.startswith(" ") else f"error: {line}", err=True)
     sys.exit(error.exit_status)

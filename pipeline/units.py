@@ -47,3 +47,14 @@ def duration_text(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def error_text(estimate: float, taken: float) -> str:
+    """How far an estimate was off, in words: ``12% longer than estimated``.
+
+    Args:
+        estimate: seconds that were expected.
+        taken: seconds that it took.
+    """
+    off = round(100 * (taken / estimate - 1)) if estimate > 0 else 0
+    return f"{abs(off)}% {'longer' if off > 0 else 'shorter'} than estimated" if off else "as estimated"

@@ -71,3 +71,12 @@ python scripts/compare_models.py out/demo-fp8-kv_fp8 out/demo-model 2>/dev/null
 step "the same model with backend=llmcompressor scheme=fp8_dynamic, KV scales calibrated as well"
 quantize recipes/demo.yaml --fresh backend=llmcompressor scheme=fp8_dynamic output=out/demo-fp8_dynamic-kv_fp8 verify=load
 python scripts/compare_models.py out/demo-fp8_dynamic-kv_fp8 out/demo-model 2>/dev/null
+
+step "your own model: these lines, from this directory, with another MODEL"
+cat <<'LINES'
+export PATH="$PWD/.venv/bin:$PWD/.venv-vllm/bin:$PATH"
+MODEL=out/demo-model   # a directory, or an id on the hub
+quantize recipes qwen3_vl_8b-fp8_dynamic -o my.yaml
+quantize my.yaml model.source=$MODEL output=out/mine
+vllm serve out/mine --config out/mine/quantize/serve.yaml
+LINES

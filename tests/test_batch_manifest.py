@@ -31,6 +31,18 @@ def test_recipes_and_directories(recipes: Path) -> None:
     assert jobs[0].command == ["quantize", str(recipes / "a.yaml")]
 
 
+def test_jobs_of_one_recipe_are_named_after_their_outputs(recipes: Path) -> None:
+    path = recipes / "three.yaml"
+    path.write_text(
+        "jobs:\n"
+        "  - {recipe: a.yaml, set: {output: /nvme/out/small}}\n"
+        "  - {recipe: a.yaml, set: {output: /nvme/out/large/, calibration.samples: 64}}\n"
+        "  - {recipe: a.yaml, set: {output: /other/small}}\n"
+        "  - recipe: b.yaml\n"
+    )
+    assert [job.name for job in manifest.collect([str(path)])[1]] == ["small", "large", "small~2", "b"]
+
+
 def test_a_manifest(recipes: Path) -> None:
     path = recipes / "fifty.yaml"
     path.write_text(

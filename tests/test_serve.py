@@ -21,7 +21,7 @@ import pytest
 
 from pipeline import convert
 from pipeline.vllm_env.environment import VllmEnvironment
-from tests.conftest import SCHEMES
+from tests.conftest import ROOT, SCHEMES
 from tests.processes import command_lines
 
 pytestmark = pytest.mark.vllm
@@ -108,3 +108,17 @@ def test_the_documented_command_serves_text_and_a_picture(
 def test_the_command_knows_its_version(vllm: VllmEnvironment) -> None:
     done = subprocess.run([vllm.python.with_name("vllm"), "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and vllm.version in done.stdout, done.stderr
+
+
+def test_the_lines_that_the_demo_ends_with(demo_model: Path, tmp_path: Path) -> None:
+    """As they stand, but for the model and the directory; the last one is the command of the test above."""
+    text = (ROOT / "scripts" / "demo.sh").read_text()
+    lines = text.partition("<<'LINES'\n")[2].partition("\nLINES")[0].splitlines()
+    assert len(lines) == 5 and lines[4] == "vllm serve out/mine --config out/mine/quantize/serve.yaml"
+    script = "\n".join(
+        [lines[0].replace("$PWD", str(ROOT)), f"MODEL='{demo_model}'", *lines[2:4], "which quantize vllm"]
+    )
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "serve it: vllm serve out/mine --config out/mine/quantize/serve.yaml" in done.stdout
+    assert (tmp_path / "out/mine/quantize/serve.yaml").exists()

@@ -45,7 +45,7 @@ class Options:
     dry_run: bool = False
 
 
-def run(arguments: Sequence[str], options: Options, console: Console) -> int:
+def run(arguments: Sequence[str], options: Options, console: Console) -> tuple[int, Path | None]:
     """Run a batch.
 
     Args:
@@ -54,7 +54,8 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
         console: for what the user sees.
 
     Returns:
-        The exit status: 0 all is published, 1 something failed or was refused, 75 jobs are left.
+        The exit status: 0 all is published, 1 something failed or was refused, 75 jobs are left; and the batch's
+        directory, where its report is, or None where nothing was run.
 
     Raises:
         UsageError: the command line or a manifest is wrong.
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
     disk_wait = seconds(options.disk_wait, "--disk-wait")
     rules = Rules(end_of_window(options, time.time()), disk_wait, options.on_failure, options.on_finish, options.fresh)
     if options.dry_run:
-        return _dry_run(jobs, directory, options, console)
+        return _dry_run(jobs, directory, options, console), None
     executor = choose_executor(options)
     try:
         ledger = Ledger.open(directory, jobs)
@@ -84,7 +85,7 @@ def run(arguments: Sequence[str], options: Options, console: Console) -> int:
             try:
                 queue.plan()
                 watch.report(queue)
-                return queue.run()
+                return queue.run(), directory
             finally:
                 watch.close()
         finally:
@@ -109,12 +110,15 @@ def _dry_run(jobs: list[Job], directory: Path, options: Options, console: Consol
         executor.close()
 
 
-def status(directory: Path | None, console: Console) -> None:
+def status(directory: Path | None, console: Console) -> Path:
     """Show a batch that is running, or has run.
 
     Args:
         directory: the batch's; None: the latest below the working directory.
         console: for what the user sees.
+
+    Returns:
+        Its directory.
 
     Raises:
         UsageError: there is no batch.
@@ -126,6 +130,7 @@ def status(directory: Path | None, console: Console) -> None:
         directory = found[-1].parent
     if not show_status(directory.absolute(), console):
         raise UsageError(f"--status: {directory}: no batch was run here")
+    return directory
 
 
 def choose_executor(options: Options) -> Executor:

@@ -88,17 +88,26 @@ def collect(arguments: Sequence[str]) -> tuple[str, list[Job]]:
     paths = [Path(word) for word in arguments if word not in overrides]
     if not paths:
         raise UsageError("batch: name recipes, a directory of recipes, or a manifest")
+    found = [job for path in paths for job in _jobs_of(path)]
+    often = Counter(job.name for job in found)
     seen: Counter[str] = Counter()
     jobs = []
-    for job in (job for path in paths for job in _jobs_of(path)):
-        seen[job.name] += 1
-        unique = job.name if seen[job.name] == 1 else f"{job.name}~{seen[job.name]}"
+    for job in found:
+        name = job.name if often[job.name] == 1 else _after_output(job)
+        seen[name] += 1
+        unique = name if seen[name] == 1 else f"{name}~{seen[name]}"
         jobs.append(Job(unique, job.recipe, (*job.overrides, *overrides)))
     if not jobs:
         raise UsageError(f"{paths[0]}: there is no recipe here (*.yaml)")
     named = paths[0].resolve()
     more = f"-and-{len(paths) - 1}-more" if len(paths) > 1 else ""
     return _word(named.name if named.is_dir() else named.stem) + more, jobs
+
+
+def _after_output(job: Job) -> str:
+    """A name for one of several jobs of a recipe: its output's, where its manifest says one."""
+    outputs = [word.partition("=")[2] for word in job.overrides if word.startswith("output=")]
+    return _word(outputs[-1].rstrip("/").rpartition("/")[2]) if outputs else job.name
 
 
 def _jobs_of(path: Path) -> Iterator[Job]:

@@ -23,7 +23,7 @@ from pipeline.batch.record import Attempt, JobRecord
 from pipeline.checkpoint.writer import write_file
 from pipeline.events import read_events
 from pipeline.journal import read_identity
-from pipeline.units import duration_text, size_text
+from pipeline.units import duration_text, error_text, size_text
 
 if TYPE_CHECKING:
     from pipeline.batch.queue import Queue
@@ -104,6 +104,7 @@ def compose(queue: Queue, info: RunInfo) -> dict[str, Any]:
     """The report of a batch as it is now, as plain data: from its records, their plans and the results."""
     directory, now = queue.ledger.directory, time.time()
     return {
+        "format": 1,
         "name": directory.name,
         "directory": str(directory),
         "command": info.command,
@@ -153,6 +154,15 @@ def _job(record: JobRecord, directory: Path) -> dict[str, Any]:
         "last_lines": _last_lines(log) if failed and attempts else [],
         "resume": None if published else _resume(record),
     }
+
+
+def outputs(directory: Path) -> dict[str, str]:
+    """The output of each job by its name, as the last report of a batch has them; empty without one."""
+    try:
+        found = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        return {job["name"]: job["output"] for job in found["jobs"] if job["output"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _resume(record: JobRecord) -> str:
@@ -254,6 +264,7 @@ def html(report: Mapping[str, Any]) -> str:
     environment.filters |= {
         "size": size_text,
         "duration": duration_text,
+        "error": error_text,
         "moment": lambda seconds: _local(seconds).strftime("%a %d %b %Y, %H:%M %Z"),
         "hour": lambda seconds: _local(seconds).strftime("%a %H:%M %Z"),
         "iso": lambda seconds: _local(seconds).isoformat(timespec="seconds"),

@@ -18,7 +18,8 @@ from pipeline.batch.progress import Progress
 from pipeline.batch.record import Attempt, JobRecord
 from pipeline.machine.drives import device_of, drive_space
 from pipeline.report.console import Console
-from pipeline.units import size_text, time_text
+from pipeline.report.tables import Column, fitted
+from pipeline.units import error_text, size_text, time_text
 
 if TYPE_CHECKING:
     import rich.live
@@ -64,20 +65,24 @@ class Watch:
 
     def table(self, queue: Queue) -> None:
         """Show what each job needs, and what all of them need together."""
-        from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(title="jobs, the largest first", title_justify="left")
-        for name in ("job", "source", "size", "result", "memory", "disk", "GPU", "estimate", ""):
-            right = name in ("size", "result", "memory", "disk", "estimate")
-            table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
-        for record, plan in queue.planned():
-            table.add_row(
-                escape(record.name), escape(plan.source), size_text(plan.work.source_bytes),
-                size_text(plan.output_bytes), size_text(plan.peak_memory), size_text(plan.disk),
-                "yes" if plan.gpu else "no",
-                "" if plan.already else time_text(queue.estimator.seconds(plan.work)), escape(_remark(record, plan)),
-            )  # fmt: skip
+        def estimate(entry: tuple[JobRecord, JobPlan]) -> str:
+            return "" if entry[1].already else time_text(queue.estimator.seconds(entry[1].work))
+
+        columns = [
+            Column("job", lambda entry: entry[0].name, right=False),
+            Column("source", lambda entry: entry[1].source, rank=5, right=False),
+            Column("output", lambda entry: str(entry[1].output), rank=4, right=False),
+            Column("size", lambda entry: size_text(entry[1].work.source_bytes), rank=2),
+            Column("result", lambda entry: size_text(entry[1].output_bytes), rank=4),
+            Column("memory", lambda entry: size_text(entry[1].peak_memory), rank=6),
+            Column("disk", lambda entry: size_text(entry[1].disk), rank=3),
+            Column("GPU", lambda entry: "yes" if entry[1].gpu else "no", rank=7),
+            Column("estimate", estimate, rank=1),
+            Column("", lambda entry: _remark(*entry), rank=1, right=False),
+        ]
+        width = self.console.rich.width
+        table = fitted(queue.planned(), columns, width, title="jobs, the largest first")
         self.say(table)
         todo, counts = [plan for _, plan in queue.planned("waiting")], queue.counts()
         together = sum(queue.estimator.seconds(plan.work) for plan in todo)
@@ -106,7 +111,7 @@ class Watch:
             seconds = max(attempt.seconds, 1e-3)
             taken = f" after {time_text(seconds)}"
             if record.status == "published" and record.whole:
-                taken += f" (estimate {time_text(attempt.estimate)}, {attempt.estimate / seconds - 1:+.0%})"
+                taken += f" (estimate {time_text(attempt.estimate)}: {error_text(attempt.estimate, seconds)})"
         why = f" ({record.kind})" if record.kind else ""
         text = f": {record.reason}" if record.reason else ""
         if record.status == "waiting" and record.notes:
@@ -221,31 +226,23 @@ def live_table(rows: Sequence[Mapping[str, Any]], counts: Mapping[Any, int], wid
         counts: how many jobs have which status.
         width: of the terminal, in characters.
     """
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(caption=_counts_text(counts), caption_justify="left")
-    shown = ["job", "stage", "at", "done", "rate", "left"]
+    columns = [
+        Column("job", lambda row: row["name"], right=False),
+        Column("stage", lambda row: row["stage"], rank=4, right=False),
+        Column("at", lambda row: row["at"], rank=5, right=False),
+        Column("done", lambda row: f"{row['share']:.0%}"),
+        Column("rate", lambda row: f"{size_text(row['rate'])}/s" if row["rate"] else "", rank=6),
+        Column("left", lambda row: time_text(row["left"]), rank=1),
+    ]
     if any(row["device_bytes"] for row in rows):
-        shown.append("GPU memory")
-    if width >= 110:
-        shown += ["for", "host memory"]
-    for name in shown:
-        table.add_column(name, justify="left" if name in ("job", "stage", "at") else "right", no_wrap=name != "job")
-    for row in rows:
-        cells = {
-            "job": escape(row["name"]),
-            "stage": row["stage"],
-            "at": escape(row["at"]),
-            "done": f"{row['share']:.0%}",
-            "rate": f"{size_text(row['rate'])}/s" if row["rate"] else "",
-            "left": time_text(row["left"]),
-            "GPU memory": size_text(row["device_bytes"]) if row["device_bytes"] else "",
-            "for": time_text(row["seconds"]),
-            "host memory": size_text(row["rss"]) if row["rss"] else "",
-        }
-        table.add_row(*(cells[name] for name in shown))
-    return table
+        columns.append(
+            Column("GPU memory", lambda row: size_text(row["device_bytes"]) if row["device_bytes"] else "", rank=3)
+        )
+    columns += [
+        Column("for", lambda row: time_text(row["seconds"]), rank=7),
+        Column("host memory", lambda row: size_text(row["rss"]) if row["rss"] else "", rank=8),
+    ]
+    return fitted(rows, columns, width, caption=_counts_text(counts))
 
 
 def _in_words(row: Mapping[str, Any]) -> str:
@@ -263,12 +260,14 @@ def show_status(directory: Path, console: Console) -> bool:
     if not (directory / FILE).exists():
         return False
     history, alive = History.read(directory / FILE), is_running(directory)
+    outputs = report.outputs(directory)
     for name, record in history.records.items():
         seconds = record.attempts[-1].seconds if record.attempts else None
         taken = f" in {time_text(seconds)}" if seconds is not None else ""
         why = f" ({record.kind}): {record.reason.splitlines()[0]}" if record.kind and record.reason else ""
         if record.status != "running":
-            console.say(f"{name}: {record.status}{taken}{why}")
+            place = f": {outputs[name]}" if record.status == "published" and outputs.get(name) else ""
+            console.say(f"{name}: {record.status}{taken}{why}{place}")
         elif not alive:
             console.say(f"{name}: stopped with its batch")
     try:

@@ -144,6 +144,11 @@ def sync_all(paths: Iterable[Path]) -> None:
             os.close(file)
 
 
+def is_empty_directory(path: Path) -> bool:
+    """Whether something made a place for a result, and put nothing into it; a rename takes that place."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
 def publish(partial: Path, output: Path, replace: bool) -> bool:
     """Give the finished directory its name: one rename.
 
@@ -158,7 +163,7 @@ def publish(partial: Path, output: Path, replace: bool) -> bool:
     Raises:
         PipelineError: `output` exists and `replace` is false, or the file system cannot exchange two names.
     """
-    exchanged = output.exists()
+    exchanged = output.exists() and not is_empty_directory(output)
     if exchanged:
         if not replace:
             raise PipelineError(f"{output}: it appeared while this run was under way", remedy="move it, then run again")

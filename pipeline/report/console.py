@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.events import STAGES
 from pipeline.plan.plan import Plan
 from pipeline.report.plan import summary
+from pipeline.report.tables import Column, fitted
 from pipeline.units import size_text, time_text
 
 if TYPE_CHECKING:
@@ -36,13 +40,34 @@ class Console:
     def __init__(self, quiet: bool = False) -> None:
         import rich.console
 
-        self.rich: rich.console.Console = rich.console.Console(highlight=False, quiet=quiet)
+        class Steadfast(rich.console.Console):
+            """A console whose reader may leave (``| head``) without ending the work."""
+
+            def on_broken_pipe(self) -> None:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 1)  # what is buffered must not raise again at the end
+                os.close(null)
+                self.quiet = True
+
+        self.rich: rich.console.Console = Steadfast(highlight=False, quiet=quiet)
         if not self.rich.is_terminal:
             self.rich.width = LOG_WIDTH
 
-    def say(self, text: str) -> None:
-        """One line, as it is."""
-        self.rich.print(text, markup=False, soft_wrap=True)
+    def say(self, text: str, whole: bool = False) -> None:
+        """A sentence; a terminal breaks it between words.
+
+        Args:
+            text: shown as it is.
+            whole: nothing is put into it, so that a command can be copied.
+        """
+        self.rich.print(text, markup=False, soft_wrap=whole or not self.rich.is_terminal)
+
+    def say_verdict(self, before: str, verdict: str, passed: bool, after: str = "") -> None:
+        """A sentence whose verdict is in colour where colours are on."""
+        from rich.text import Text
+
+        text = Text.assemble(before, (verdict, "bold green" if passed else "bold red"), after)
+        self.rich.print(text, soft_wrap=not self.rich.is_terminal)
 
     # --- before ---
 
@@ -77,29 +102,24 @@ class Console:
 
     def show_plan_table(self, plan: Plan) -> None:
         """What `quantize plan` prints: parts, shards, what is copied."""
-        from rich.table import Table
-
         self.show_plan(plan)
-        table = Table(title="every tensor's action", title_justify="left")
-        for name in ("part", "action", "why", "tensors", "source", "output"):
-            numeric = name in ("tensors", "source", "output")
-            table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-        for row in summary(plan):
-            table.add_row(
-                row["component"], row["action"], row["reason"], str(row["tensors"]),
-                size_text(row["source_bytes"]), size_text(row["output_bytes"]),
-            )  # fmt: skip
-        self.rich.print(table)
-        shards = Table(title=f"output shards in {plan.recipe.output}", title_justify="left")
-        shards.add_column("file")
-        shards.add_column("tensors", justify="right")
-        shards.add_column("size", justify="right")
-        counted = [0] * len(plan.shards)
-        for output in plan.outputs.values():
-            counted[output.shard] += 1
-        for shard, count in zip(plan.shards, counted, strict=True):
-            shards.add_row(shard.name, str(count), size_text(shard.size))
-        self.rich.print(shards)
+        columns = [
+            Column("part", lambda row: row["component"], right=False),
+            Column("action", lambda row: row["action"], right=False),
+            Column("why", lambda row: row["reason"], rank=4, right=False),
+            Column("tensors", lambda row: str(row["tensors"]), rank=2),
+            Column("source", lambda row: size_text(row["source_bytes"]), rank=1),
+            Column("output", lambda row: size_text(row["output_bytes"]), rank=1),
+        ]
+        self.rich.print(fitted(summary(plan), columns, self.rich.width, title="every tensor's action"))
+        counted = Counter(output.shard for output in plan.outputs.values())
+        shards = [
+            Column("file", lambda row: row[1].name, right=False),
+            Column("tensors", lambda row: str(counted[row[0]]), rank=1),
+            Column("size", lambda row: size_text(row[1].size)),
+        ]
+        title = f"output shards in {plan.recipe.output}"
+        self.rich.print(fitted(list(enumerate(plan.shards)), shards, self.rich.width, title=title))
         copied = [name for name in plan.checkpoint.sidecars if name != "config.json"]
         self.say("config.json: the source's, with a quantization_config")
         self.say(f"copied byte for byte: {', '.join(copied) or 'nothing'}")
@@ -150,7 +170,7 @@ class Console:
             if now - last < PLAIN_INTERVAL:
                 return
             last = now
-            rate = (done - first) / (now - begun)
+            rate = max(done - first, 1) / (now - begun)
             left = (total - done) / rate
             self.say(
                 f"{label}: {size_text(done)} of {size_text(total)} ({100 * done / total:.0f}%), "
@@ -161,14 +181,21 @@ class Console:
 
     # --- after ---
 
-    def show_outcome(self, outcome: Outcome, slowest: int = 5) -> None:
-        """The slowest layers, the totals, the verdict and the place."""
+    def show_outcome(self, outcome: Outcome, slowest: int = 0) -> None:
+        """What was checked and noticed; then verdict, place, sizes, time, and the command that serves it.
+
+        Args:
+            outcome: of the run.
+            slowest: layers whose timings are shown; their record is in quantize/events.jsonl in any case.
+        """
         if outcome.already:
             self.say(f"{outcome.output}: done already, by an identical run; --fresh would do it again")
             if outcome.report is not None:  # it was validated further than it had been
                 self.show_report(outcome.report)
+            self._show_serve(outcome)
             return
-        self.show_layers(outcome.layers, slowest)
+        if slowest:
+            self.show_layers(outcome.layers, slowest)
         totals = outcome.totals
         if totals.seconds:
             self.say(
@@ -179,6 +206,15 @@ class Console:
         if outcome.report is not None:
             self.show_report(outcome.report)
         self.say(f"published: {outcome.output}")
+        before, after = outcome.sizes
+        if before:
+            self.say(f"size: {size_text(before)} became {size_text(after)}, {after / before:.0%} of the source")
+            self.say(f"time: {time_text(outcome.seconds)}")
+        self._show_serve(outcome)
+
+    def _show_serve(self, outcome: Outcome) -> None:
+        if outcome.serve:
+            self.say(f"serve it: {shlex.join(outcome.serve)}", whole=True)
 
     def show_smoke(self, smoke: Smoke) -> None:
         """What a smoke test says: the checks, and what the whole run will take."""
@@ -200,33 +236,31 @@ class Console:
         elif not smoke.report.passed:
             self.say("the first layers and their result are removed; --keep leaves them to look at")
         verdict = "passed" if smoke.report.passed else "FAILED"
-        self.say(f"smoke test {verdict}: {smoke.layers[0]} of {smoke.layers[1]} layers in {smoke.seconds:.0f} s")
+        after = f": {smoke.layers[0]} of {smoke.layers[1]} layers in {smoke.seconds:.0f} s"
+        self.say_verdict("smoke test ", verdict, smoke.report.passed, after)
 
     def show_layers(self, layers: list[dict[str, Any]], slowest: int) -> None:
         """Seconds a stage, summed over pieces; stages of different pieces overlap."""
-        from rich.table import Table
-
         if not layers:
             return
-        title = f"slowest {min(slowest, len(layers))} of {len(layers)} parts (stages overlap)"
-        table = Table(title=title, title_justify="left")
-        table.add_column("part", overflow="fold")
+
+        def seconds(stage: str) -> Callable[[Any], str]:
+            return lambda row: f"{row[f'{stage}_s']:.3f}"
+
+        def optional(key: str, show: Callable[[Any], str]) -> Callable[[Any], str]:
+            return lambda row: show(row[key]) if key in row else ""
+
         stages = [stage for stage in STAGES if any(row[f"{stage}_s"] for row in layers)]
-        more: list[tuple[str, str, Callable[[Any], str]]] = [
-            ("tokens/s", "tokens_per_s", str),
-            ("GPU", "device_bytes", size_text),
+        sizes = (("read", "bytes_read", 3), ("written", "bytes_written", 4), ("RSS", "rss_bytes", 5))
+        more = (("tokens/s", "tokens_per_s", str, 6), ("GPU", "device_bytes", size_text, 2))
+        columns = [
+            Column("part", lambda row: row["layer"], right=False),
+            *(Column(f"{stage} s", seconds(stage), rank=1) for stage in stages),
+            *(Column(name, optional(key, size_text), rank) for name, key, rank in sizes),
+            *(Column(name, optional(key, show), rank) for name, key, show, rank in more if layers[0].get(key)),
         ]
-        more = [entry for entry in more if any(row.get(entry[1]) for row in layers)]
-        for name in (*(f"{stage} s" for stage in stages), "read", "written", "RSS", *(entry[0] for entry in more)):
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in layers[:slowest]:
-            table.add_row(
-                row["layer"],
-                *(f"{row[f'{stage}_s']:.3f}" for stage in stages),
-                *(size_text(row[key]) for key in ("bytes_read", "bytes_written", "rss_bytes")),
-                *(show(row[key]) if key in row else "" for _, key, show in more),
-            )
-        self.rich.print(table)
+        title = f"slowest {min(slowest, len(layers))} of {len(layers)} parts (stages overlap)"
+        self.rich.print(fitted(layers[:slowest], columns, self.rich.width, title=title))
 
     def show_calibrated(self, seen: Totals, findings: tuple[str, ...]) -> None:
         """Reads and forwards, counted; and what the observed amax says."""
@@ -252,11 +286,11 @@ class Console:
         for line in report.notes:
             self.say(f"note: {line}")
         for line in report.problems:
-            self.say(f"PROBLEM: {line}")
+            self.say_verdict("", "PROBLEM", False, f": {line}")
         verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"
         how = "loaded" if report.level == "load" else "loaded and run"
         proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not validated in vLLM"
-        self.say(f"verification: {verdict} ({proof})" if report.passed else f"verification: {verdict}")
+        self.say_verdict("verification: ", verdict, report.passed, f" ({proof})" if report.passed else "")
 
 
 def _parts_text(estimate: Estimate) -> str:

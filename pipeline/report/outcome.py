@@ -22,6 +22,9 @@ class Outcome:
         totals: what this process read, ran and wrote; zero where all was done before.
         report: of the verification; None if `already`, and validated far enough before.
         findings: what the observed amax says, for a careful user.
+        seconds: of the whole run, from its plan to its publication.
+        sizes: bytes of the source's tensors, and of the result's.
+        serve: the command that serves it, word by word.
     """
 
     output: Path
@@ -30,6 +33,9 @@ class Outcome:
     totals: Totals
     report: Report | None
     findings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    sizes: tuple[int, int] = (0, 0)
+    serve: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
     _refuse_failed(plan, output, before, environment)
     _write_profile(plan, output, console, environment)
     report = _verify_further(plan, output, console, before, environment)
-    return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report)
+    serve = profile.serve_command(output, environment)
+    return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report, serve=serve)
 
 
 def _asked(before: dict[str, Any]) -> int:

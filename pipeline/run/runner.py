@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.result import EVENTS, LOCK, VERDICT, places
-from pipeline.checkpoint.writer import lost_shards, publish
+from pipeline.checkpoint.writer import is_empty_directory, lost_shards, publish
 from pipeline.errors import (
     Interrupted,
     OtherRun,
@@ -62,8 +64,12 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         PipelineError: see `pipeline.errors`; nothing is published then.
     """
     output, partial = places(recipe.output)
+    begin = time.monotonic()
     with stop_on_signals() as stop:
-        plan = make_plan(recipe, hub.resolve(recipe.model.source, recipe.model.revision))
+        checkpoint = hub.resolve(recipe.model.source, recipe.model.revision)
+        if choose_backend(recipe).needs_data:
+            console.say("importing torch and transformers, and reading the captions: this takes some seconds")
+        plan = make_plan(recipe, checkpoint)
         replace = fresh or begun_to_replace(partial, plan.identity, output)
         if preflight(plan, replace):
             return published(plan, output, console)
@@ -90,7 +96,10 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             _publish(plan, output, partial, replace)
         finally:
             journal.close()
-    return Outcome(output, False, recorded_layers(output / EVENTS), totals, report, findings)
+    return Outcome(
+        output, False, recorded_layers(output / EVENTS), totals, report, findings, time.monotonic() - begin,
+        (plan.checkpoint.nbytes, plan.output_nbytes), profile.serve_command(output, environment),
+    )  # fmt: skip
 
 
 def preflight(plan: Plan, replace: bool = False) -> bool:
@@ -233,7 +242,7 @@ def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
 
 def _finished(plan: Plan, output: Path, replace: bool) -> bool:
     """Whether `output` is this very result; anything else of that name is refused, unless `replace` allows it."""
-    if not output.exists() and not output.is_symlink():
+    if (not output.exists() and not output.is_symlink()) or is_empty_directory(output):
         return False
     found = read_identity(output) if output.is_dir() and not output.is_symlink() else None
     if found is None:

@@ -52,6 +52,7 @@ class Forward:
 
     Attributes:
         count: how often a batch ran through a layer so far; probes do not count.
+        on_batch: called after each of them, with how many of how many have run through the layer; None: nobody asks.
     """
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[Batch], device: Any, cache: ActivationCache) -> None:
@@ -62,6 +63,7 @@ class Forward:
         self._timed = {*by_tokens[::step], by_tokens[-1]} if device.type == "cpu" else set()
         self._most_tokens = batches[by_tokens[-1]].tokens
         self.count = 0
+        self.on_batch: Callable[[int, int], None] | None = None
 
     def embed(self, checkpoint: Checkpoint) -> None:
         """Fill the cache with what reaches the first layer, and keep what every layer is called with.
@@ -108,6 +110,8 @@ class Forward:
                 finite.logical_and_(result.isfinite().all())
                 self._cache.put(number, result)
                 self.count += 1
+                if self.on_batch is not None:
+                    self.on_batch(number + 1, len(self._batches))
                 if number in self._timed:
                     passed.timed.append((self._batches[number].tokens, round(time.time() - began, 6)))
             synchronize(self._device)

@@ -50,7 +50,7 @@ def run_layers(plan: Plan, journal: Journal, log: EventLog, stop: threading.Even
         journal: open; finished layers are skipped and new ones recorded.
         log: gets a ``layer`` event per layer.
         stop: when set, the layer under way is finished, the activation cache is saved and `Interrupted` raised.
-        on_progress: called with a label and the bytes read, layer by layer.
+        on_progress: called with a label and the bytes that are done since the last call, batch by batch.
 
     Raises:
         CalibrationError: an amax gives no usable scale; the module is named.
@@ -151,12 +151,13 @@ class _AllLayers:
         """Run, and write, these layers; with `stop`, end after the one under way, its output saved."""
         for unit, raw in zip(layers, self._reader, strict=True):
             done, last = unit.unit in self._journal.done, unit is layers[-1]
+            told = self._tell_batches(unit, on_progress)
             if done:
                 self._replay(unit, raw)
             else:
                 self._convert(unit, raw)
             self.layers += 1
-            on_progress(unit.label, unit.nbytes)
+            on_progress(unit.label, unit.nbytes - told[0])
             stopping = stop.is_set() and not last
             if not done and not last and (stopping or self._snapshots.due()):
                 self._writer.wait()  # what is saved speaks of layers that are on the device
@@ -164,6 +165,18 @@ class _AllLayers:
             if stopping:
                 break
         self._writer.wait()
+
+    def _tell_batches(self, unit: LayerUnit, on_progress: Progress) -> list[int]:
+        """Let progress move with the batches of a layer; the bytes that it was told of so far are the list's item."""
+        told = [0]
+
+        def on_batch(number: int, count: int) -> None:
+            more = max(0, unit.nbytes * number // (count + 1) - told[0])  # the rest is for quantizing it
+            told[0] += more
+            on_progress(f"{unit.label}, batch {number} of {count}", more)
+
+        self._one.forward.on_batch = on_batch
+        return told
 
     def _replay(self, unit: LayerUnit, raw: RawLayer) -> None:
         """Run a layer that an earlier run finished, for what it makes of the batches alone."""
@@ -215,12 +228,13 @@ class _OneLayer:
 
     Attributes:
         peak_rss_bytes: the most memory this process had before the layer that ran last; each begins it anew.
+        forward: runs the batches.
     """
 
     def __init__(
         self, backend: CalibratedBackend, outputs: Mapping[str, OutputTensor], forward: Forward, device: Any
     ) -> None:
-        self._backend, self._outputs, self._forward, self._device = backend, outputs, forward, device
+        self._backend, self._outputs, self.forward, self._device = backend, outputs, forward, device
         self.peak_rss_bytes = 0
 
     def run(self, unit: LayerUnit, raw: RawLayer, finish: bool) -> _Result:
@@ -231,19 +245,19 @@ class _OneLayer:
         timing = result.timing
         self._begin_peaks()
         begin = time.time()
-        layer = self._forward.load(unit.index, raw.tensors)
+        layer = self.forward.load(unit.index, raw.tensors)
         timing["load"] = begin, time.time()
         tokens_of_experts = count_expert_tokens(layer)
 
         def forward() -> None:
-            passed = self._forward.run(layer)
+            passed = self.forward.run(layer)
             timing["forward"] = passed.span
             if passed.timed:
                 timing["timed_batches"] = passed.timed
 
         with torch.no_grad():
-            with self._forward.explained(layer):
-                result.observed = self._backend.calibrate(layer, forward, lambda: self._forward.probe(layer))
+            with self.forward.explained(layer):
+                result.observed = self._backend.calibrate(layer, forward, lambda: self.forward.probe(layer))
             result.observed.tokens_of_experts = tokens_of_experts()
             if finish:
                 begin = time.time()
@@ -252,7 +266,7 @@ class _OneLayer:
                 timing["quantize"] = begin, time.time()
                 _refuse_unplanned(unit, result.made, self._outputs, self._backend.name)
         timing["device_bytes"] = torch.cuda.max_memory_reserved() if self._device.type == "cuda" else 0
-        self._forward.drop(layer)
+        self.forward.drop(layer)
         return result
 
     def _begin_peaks(self) -> None:
