@@ -133,6 +133,8 @@ def test_other_links_are_left_out_by_name(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "notes.json").write_text("{}")
     link(source / "more", tmp_path / "elsewhere")
     made = plan(source).checkpoint
+    noted = "\n".join(plan(source).warnings)
+    assert all(name in noted for name in ("demo.png", "loop", "more"))
     left = dict(made.left_behind)
     assert "gone.png" in left["demo.png"] and "nowhere" in left["loop"] and "directory" in left["more"]
     assert not any(name.startswith("more") for name in made.sidecars)
@@ -149,8 +151,8 @@ def test_adapter_files_beside_a_model_are_left_out_by_name(shards: int, tmp_path
     shutil.copy(next(source.glob("*.safetensors")), source / "adapter_model.safetensors")
     made = plan(source)
     assert made.outputs == plain.outputs and made.checkpoint.sidecars == plain.checkpoint.sidecars
-    left = dict(made.checkpoint.left_behind)
-    assert all("adapter" in left[name] for name in ("adapter_config.json", "adapter_model.safetensors"))
+    (note,) = [warning for warning in made.warnings if "LoRA" in warning]
+    assert "adapter_config.json, adapter_model.safetensors: of a LoRA adapter, which is not applied" in note
     for path in [*source.glob("model*"), source / "config.json"]:
         path.unlink()
     assert "merge it" in refusal(source)

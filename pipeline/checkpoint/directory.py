@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,6 +17,10 @@ READ_BY_SERVERS = ("*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tik
 ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin", "adapters*.safetensors",
             "adapter_model.safetensors.index.json", "pytorch_lora_weights*.safetensors")  # fmt: skip
 A_POINTER = "a Git LFS pointer, not the file itself"
+OF_AN_ADAPTER = "of a LoRA adapter, which is not applied: the result is the model of the shards alone"
+LEADS_NOWHERE = "a link that leads nowhere"
+TO_A_DIRECTORY = "a link to a directory, which is not followed"
+WORTH_A_NOTE = (A_POINTER, OF_AN_ADAPTER, LEADS_NOWHERE, TO_A_DIRECTORY)
 
 
 def is_pointer(path: Path) -> bool:
@@ -60,6 +65,15 @@ def is_adapter(name: str) -> bool:
 def is_read_by_servers(name: str) -> bool:
     """Whether a small file may decide on what a server does, unlike a picture or a table of results."""
     return any(fnmatchcase(name.rpartition("/")[2], pattern) for pattern in READ_BY_SERVERS)
+
+
+def notes(left_behind: Iterable[tuple[str, str]]) -> list[str]:
+    """Sentences about files that are left out although somebody may have wanted them; (name, reason) as listed."""
+    named: dict[str, list[str]] = {}
+    for name, reason in left_behind:
+        if reason.startswith(WORTH_A_NOTE):
+            named.setdefault(reason, []).append(name)
+    return [f"left out: {', '.join(names)}: {reason}" for reason, names in named.items()]
 
 
 def no_directory(path: Path) -> tuple[str, str | None]:

@@ -395,13 +395,13 @@ def list_sidecars(root: Path, copied: Sequence[str] = ("*",)) -> tuple[tuple[str
         if path.parent == root and path.suffix == ".safetensors" and not directory.is_adapter(name):
             continue
         if (target := directory.broken_link(path)) is not None:
-            left.append((name, f"a link that leads nowhere: {target}"))
+            left.append((name, f"{directory.LEADS_NOWHERE}: {target}"))
         elif path.is_symlink() and path.is_dir():
-            left.append((name, "a link to a directory, which is not followed"))
+            left.append((name, directory.TO_A_DIRECTORY))
         elif not path.is_file():
             continue
         elif directory.is_adapter(name):
-            left.append((name, "of a LoRA adapter, which is not applied: the result is the model of the shards alone"))
+            left.append((name, directory.OF_AN_ADAPTER))
         elif path.suffix in WEIGHT_SUFFIXES or ".safetensors" in path.name or name.endswith(".index.json"):
             left.append((name, "weights in another format"))
         elif first == "original":

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.backends.base import Backend
 from pipeline.backends.registry import choose_backend
+from pipeline.checkpoint import directory
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import Checkpoint, SourceError, refuse_unusable_files
 from pipeline.errors import UsageError
@@ -152,7 +153,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     check_accounts(checkpoint, actions, outputs, pieces, layers)
     _check_ignore(backend, selection, actions, outputs)
     threads = recipe.runtime.threads or default_threads()
-    warnings = list(selection.warnings)
+    warnings = [*selection.warnings, *directory.notes(checkpoint.left_behind)]
     calibration = None
     if calibrated:
         calibration = plan_calibration(recipe, checkpoint, layers, outputs, prepare)

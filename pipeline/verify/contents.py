@@ -21,14 +21,13 @@ from pipeline.journal import Digest, read_identity, read_pieces
 from pipeline.machine.system import default_threads
 from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection, expected_modules, select
-from pipeline.verify.distance import distance_from, packed_names
+from pipeline.verify.distance import FAR, distance_from, packed_names
 from pipeline.verify.report import Report
 
 CHUNK = 16 << 20
 SMALL = 1000  # codes; a share of fewer says little
 COARSE = 1.05  # times what a weight reaches: scales that are BF16 numbers, rounded up, are within 2^-7
 MOST_OTHER = 0.1  # of a tensor's codes that another device may round otherwise; about 3% were seen
-FAR = 0.1  # of a weight's norm: 8 bits cost about 0.03, a scale that is twice too large 1
 
 
 def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | None = None) -> str | None:
@@ -119,6 +118,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
     dequantized and compared as numbers, where their scales say how.
     """
     selection, same, again, other, near, unread = select(source), 0, 0, 0, 0, 0
+    fewest = 8  # bits of a value
     identity = read_identity(result.root)
     scheme = of_result(method, identity) if method is not None else None
     ours = identity is not None and (scheme is None or scheme.repeats(identity))
@@ -157,13 +157,13 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
                 found is None and any(packed in result.tensors for packed in packed_names(name))
             )
         else:
-            near += 1
-            if not distance <= FAR:
+            near, fewest = near + 1, min(fewest, distance.bits)
+            if distance.far:
                 report.add(
                     "weight-far-from-source",
                     name,
-                    f"{name}: what the checkpoint holds for it is {distance:.0%} away from the source's weight; 8 bits "
-                    "cost about 3%",
+                    f"{name}: what the checkpoint holds for it is {distance.share:.0%} away from the source's weight; "
+                    f"{distance.cost}",
                 )
     _check_coarse_scales(reaches, report)
     if unread:
@@ -175,7 +175,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
         )
     bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
     quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
-    quantized += [f"{near} weights dequantized: within {FAR:.0%} of the source's"] if near else []
+    quantized += [f"{near} weights dequantized: within {FAR[fewest]:.0%} of the source's"] if near else []
     return "; ".join([f"{same} tensors that stay as they are: byte for byte the source's", *quantized])
 
 
