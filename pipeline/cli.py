@@ -161,7 +161,7 @@ def verify(
 
     def check() -> Any:
         found = None if level == "structure" else find(vllm_python, "--vllm-python")
-        original = hub.resolve(source, revision) if source else None
+        original = hub.resolve(source, revision, asked=("--source", "--revision")) if source else None
         say = (lambda text: None) if as_json else console.say
         with VllmWorker(found) if found is not None else nullcontext() as worker:
             return verify.verify(checkpoint, original, cast(verify.Level, level), worker, contents=True, say=say)

@@ -77,6 +77,17 @@ def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
     return change
 
 
+def tie_head(source: Path, head: str = "lm_head.weight", embedding: str = "model.embed_tokens.weight") -> Path:
+    """Give a head the bytes of its embedding, as shards of a tied model that hold both have them."""
+    files = {path: read_shard(path) for path in source.glob("*.safetensors")}
+    (values,) = (data[slice(*h[embedding]["data_offsets"])] for h, data in files.values() if embedding in h)
+    for path, (header, data) in files.items():
+        if head in header:
+            begin, end = header[head]["data_offsets"]
+            write_shard(path, header, data[:begin] + values + data[end:])
+    return source
+
+
 def all_of(suffixes: tuple[str, ...]) -> Callable[[Path], None]:
     def change(tensors: Any) -> None:
         for name in [n for n in tensors if n.endswith(suffixes)]:

@@ -18,6 +18,7 @@ from pipeline.plan import layout
 from pipeline.plan import plan as plans
 from pipeline.recipe import recipe as recipes
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
+from tests.damage import tie_head
 
 
 def make(source: Path, *overrides: str) -> plans.Plan:
@@ -81,7 +82,7 @@ print("light")
 
 
 def test_json_tells_every_tensors_fate(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
-    source = make_plain_checkpoint(tmp_path / "source", config={"tie_word_embeddings": True})
+    source = tie_head(make_plain_checkpoint(tmp_path / "source", config={"tie_word_embeddings": True}))
     done = quantize("plan", write_recipe(source), "--json", "ignore=['re:.*o_proj', model.layers.1.mlp.down_proj]")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

@@ -14,6 +14,7 @@ from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
 from pipeline.model.selection import TESTED_MODEL_TYPES, quantizable_modules, select
 from tests import families
 from tests.conftest import all_tensors, make_plain_checkpoint
+from tests.damage import tie_head
 
 
 def linears_of_the_language_model(name: str) -> set[str]:
@@ -103,6 +104,7 @@ def test_a_tied_head_of_another_name(tmp_path, quantize, write_recipe, small_mod
     config = json.loads((source / "config.json").read_text())
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     (source / "config.json").write_text(json.dumps(config))
+    tie_head(source, "language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
     done = quantize(write_recipe(source))
     assert done.returncode == 0, done.stderr
     assert "language_model.lm_head.weight" not in all_tensors(tmp_path / "out")
@@ -116,6 +118,7 @@ def test_only_the_head_itself_is_dropped_as_tied(tmp_path: Path) -> None:
         projector__weight=(128, 64),
         mtp__embed_tokens__weight=(128, 64),
     )
+    tie_head(checkpoint.root)
     assert role(checkpoint, "lm_head.weight") == "tied head"
     for name in ("lm_head.bias", "projector.weight", "mtp.embed_tokens.weight"):
         assert role(checkpoint, name) == "outside"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.checkpoint.sidecars import config_with
 from pipeline.checkpoint.source import SourceError
 from tests.conftest import all_tensors, make_plain_checkpoint
+from tests.damage import tie_head
 
 SECTION = {"quant_method": "compressed-tensors", "ignore": ["a"], "nested": {"x": None}}
 
@@ -77,7 +78,7 @@ def test_the_card_is_for_others_to_read(tmp_path: Path, quantize: Any, write_rec
 def test_a_tied_head_is_dropped_and_an_untied_one_kept(
     config: dict, dropped: bool, tmp_path: Path, quantize: Any, write_recipe: Any
 ) -> None:
-    source = make_plain_checkpoint(tmp_path / "source", config=config)
+    source = tie_head(make_plain_checkpoint(tmp_path / "source", config=config))
     done = quantize(write_recipe(source))
     assert done.returncode == 0, done.stderr
     assert ("lm_head.weight" not in all_tensors(tmp_path / "out")) == dropped

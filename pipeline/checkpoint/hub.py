@@ -24,7 +24,12 @@ FIRST_READ = 1 << 20  # most headers fit into it
 NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*", "README.md"]
 
 
-def resolve(name: str, revision: str | None, headers_only: bool = False) -> Checkpoint:
+def resolve(
+    name: str,
+    revision: str | None,
+    headers_only: bool = False,
+    asked: tuple[str, str] = ("model.source", "model.revision"),
+) -> Checkpoint:
     """The checkpoint that a recipe's ``model.source`` names.
 
     Args:
@@ -32,6 +37,7 @@ def resolve(name: str, revision: str | None, headers_only: bool = False) -> Chec
         revision: branch, tag or commit; only for a hub id.
         headers_only: of a hub id that is not in the cache, fetch the shards' headers alone (by range
             requests) and leave the shards where they are: enough for a plan.
+        asked: what `name` and `revision` are called where they were given, for errors.
 
     Raises:
         UsageError: the name is neither.
@@ -40,10 +46,10 @@ def resolve(name: str, revision: str | None, headers_only: bool = False) -> Chec
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")):
         if revision is not None:
-            raise UsageError(f"model.revision: {name} is a directory; a revision belongs to a hub id")
+            raise UsageError(f"{asked[1]}: {name} is a directory; a revision belongs to a hub id")
         return open_checkpoint(path, name)
     if not HUB_ID.fullmatch(name):
-        raise UsageError(f"model.source: {name!r} is no directory, and no hub id (org/name)")
+        raise UsageError(f"{asked[0]}: {name!r} is no directory, and no hub id (org/name)")
     return _from_hub(name, revision, headers_only)
 
 
@@ -174,10 +180,10 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
     except LocalEntryNotFoundError:
         raise SourceError(
             f"{name}: not in the cache, and the hub cannot be reached",
-            remedy="connect, unset HF_HUB_OFFLINE, or name a directory as model.source",
+            remedy="connect, unset HF_HUB_OFFLINE, or name a directory",
         ) from None
     except HFValidationError as error:
-        raise UsageError(f"model.source: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{name}: {' '.join(str(error).split())}") from None
     except Exception as error:
         # the client library's own errors (httpx, or httpx2 in huggingface_hub 2) are no OSErrors
         transport = type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore", "requests"))

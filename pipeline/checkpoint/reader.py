@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
+from pathlib import Path
 
 from pipeline.checkpoint.source import Checkpoint, Shard, SourceError, Tensor
 
@@ -62,3 +64,36 @@ def read_tensor(checkpoint: Checkpoint, tensor: Tensor, start: int = 0, count: i
     assert path is not None
     with path.open("rb") as file:
         return os.pread(file.fileno(), tensor.nbytes - start if count is None else count, tensor.offset + start)
+
+
+def same_bytes(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool | None:
+    """Whether two tensors of a checkpoint hold the same bytes; None where a shard of theirs is not on this machine.
+
+    Read until the first difference, and remembered for as long as the files do not change.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = checkpoint.shards[one.shard], checkpoint.shards[other.shard]
+    if first.path is None or second.path is None:
+        return None
+    try:
+        stamps = tuple(os.stat(path).st_mtime_ns for path in (first.path, second.path))
+        return _same_ranges(first.path, one.offset, second.path, other.offset, one.nbytes, stamps)
+    except OSError as error:
+        raise SourceError(f"{error.filename or first.path}: cannot be read: {error.strerror}") from None
+
+
+@lru_cache(64)
+def _same_ranges(one: Path, offset: int, other: Path, start: int, nbytes: int, stamps: tuple[int, ...]) -> bool:
+    """Whether `nbytes` from `offset` of a file are those from `start` of another; `stamps` are for the memory alone."""
+    chunk = 16 << 20
+    with one.open("rb") as first, other.open("rb") as second:
+        for position in range(0, nbytes, chunk):
+            count = min(chunk, nbytes - position)
+            here = os.pread(first.fileno(), count, offset + position)
+            if here != os.pread(second.fileno(), count, start + position):
+                return False
+    return True

@@ -16,12 +16,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.checkpoint import directory
 from pipeline.errors import PipelineError
 
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+# safetensors' word for each dtype that is read, its bytes per value, and torch's name for it
+DTYPES = {
+    "BOOL": (1, "bool"), "U8": (1, "uint8"), "I8": (1, "int8"), "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"), "F8_E8M0": (1, "float8_e8m0fnu"), "I16": (2, "int16"), "U16": (2, "uint16"),
+    "F16": (2, "float16"), "BF16": (2, "bfloat16"), "I32": (4, "int32"), "U32": (4, "uint32"), "F32": (4, "float32"),
+    "I64": (8, "int64"), "U64": (8, "uint64"), "F64": (8, "float64"),
 }  # fmt: skip
+DTYPE_BYTES = {name: nbytes for name, (nbytes, _) in DTYPES.items()}
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
@@ -144,6 +149,8 @@ def add_shard(tensors: dict[str, Tensor], found: dict[str, Tensor], where: str, 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or a SourceError that names the file and the place of the mistake."""
     try:
+        if directory.is_pointer(path):
+            raise SourceError(f"{path}: {directory.A_POINTER}", remedy=directory.pull(path.parent))
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
@@ -163,10 +170,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(root: Path) -> dict[str, Any]:
     """The checkpoint's config.json."""
     if not root.is_dir():
-        raise SourceError(f"{root}: no such directory; model.source is a directory with a checkpoint, or a hub id")
+        message, remedy = directory.no_directory(root)
+        raise SourceError(message, remedy=remedy)
     path = root / "config.json"
     if not path.exists():
-        raise SourceError(f"{root}: there is no config.json; model.source must be a Hugging Face checkpoint")
+        message, remedy = directory.no_config(root)
+        raise SourceError(message, remedy=remedy)
     return read_json(path)
 
 
@@ -202,16 +211,16 @@ PICKLE_WAY_OUT = (
 
 
 def _shard_names(root: Path) -> dict[str, set[str] | None]:
-    present = sorted(path.name for path in root.glob("*.safetensors"))
+    present = sorted(p.name for p in root.glob("*.safetensors") if not directory.is_adapter(p.name))
+    for name in present:
+        if (target := directory.broken_link(root / name)) is not None:
+            raise SourceError(f"{root}: {name} is a link that leads nowhere ({target})", remedy=directory.COPY_LINKS)
     index = root / INDEX
+    if (target := directory.broken_link(index)) is not None:
+        raise SourceError(f"{root}: {INDEX} is a link that leads nowhere ({target})", remedy=directory.COPY_LINKS)
     if not index.exists():
         if not present:
-            pickles = sorted(p.name for p in root.iterdir() if p.suffix in PICKLE_SUFFIXES)
-            if pickles:
-                raise SourceError(
-                    f"{root}: the weights are pickles ({pickles[0]}): {PICKLES_REFUSED}", remedy=PICKLE_WAY_OUT
-                )
-            raise SourceError(f"{root}: there are no .safetensors files", remedy="is the download complete?")
+            raise _no_shards(root)
         if len(present) > 1:
             listed = f"{', '.join(present[:3])}{', ...' if len(present) > 3 else ''}"
             raise SourceError(
@@ -220,6 +229,8 @@ def _shard_names(root: Path) -> dict[str, set[str] | None]:
         return {present[0]: None}
     indexed = parse_index(index)
     missing = [name for name in indexed if name not in present]
+    if len(missing) == len(indexed) and present:
+        raise _stale_index(root, indexed, present)
     if missing:
         raise SourceError(
             f"{root}: the index names {len(missing)} shard(s) that are not there, first {missing[0]}",
@@ -235,6 +246,41 @@ def _shard_names(root: Path) -> dict[str, set[str] | None]:
     return dict(indexed)
 
 
+def _no_shards(root: Path) -> SourceError:
+    """What is there instead of safetensors."""
+    names = sorted(path.name for path in root.iterdir())
+    if any(directory.is_adapter(name) and name.endswith((".safetensors", ".bin")) for name in names):
+        return SourceError(f"{root}: a LoRA adapter, without the weights of its model", remedy=directory.MERGE)
+    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
+        return SourceError(f"{root}: the weights are pickles ({pickles[0]}): {PICKLES_REFUSED}", remedy=PICKLE_WAY_OUT)
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return SourceError(
+            f"{root}: the weights are GGUF ({gguf[0]}), quantized already; there are no .safetensors files",
+            remedy=directory.GGUF_WAY_OUT,
+        )
+    return SourceError(f"{root}: there are no .safetensors files", remedy="is the download complete?")
+
+
+def _stale_index(root: Path, indexed: dict[str, set[str]], present: list[str]) -> SourceError:
+    """An index none of whose shards is here, beside other shards: it was left by an earlier save of the model."""
+    named = f"{INDEX} names {next(iter(indexed))} and no file that is here"
+    if len(present) > 1:
+        listed = f"{', '.join(present[:3])}{', ...' if len(present) > 3 else ''}"
+        return SourceError(f"{root}: {named} ({listed})", remedy="put the index of these shards in its place")
+    _, found = read_header(root / present[0])
+    lost = sorted(set().union(*indexed.values()) - found.keys())
+    if not lost:
+        return SourceError(
+            f"{root}: {named}, while {present[0]} alone holds every tensor: the index is stale",
+            remedy=f"remove {INDEX}",
+        )
+    return SourceError(
+        f"{root}: {named}, and {present[0]} does not hold {lost[0]} (and {len(lost) - 1} more) of it: one of the two "
+        "is another model's, or from an earlier save",
+        remedy=f"remove {INDEX} if {present[0]} is the model, or else fetch the shards that it names",
+    )
+
+
 def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shard, dict[str, Tensor]]:
     """A shard's header, checked against the file's length.
 
@@ -247,6 +293,8 @@ def read_header(path: Path, position: int = 0, dated: bool = True) -> tuple[Shar
         The shard, and its tensors by name in the order of their offsets.
     """
     try:
+        if directory.is_pointer(path):
+            raise SourceError(f"{path}: {directory.A_POINTER}", remedy=directory.pull(path.parent))
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             size = status.st_size
@@ -339,14 +387,22 @@ def list_sidecars(root: Path, copied: Sequence[str] = ("*",)) -> tuple[tuple[str
         copied: only names that fit one of these patterns; a hub's cache may hold more of a repository than was asked.
     """
     kept, left = [], []
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+    for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         first = name.split("/")[0]
         if any(part.startswith(".") for part in name.split("/")) or name == INDEX or first == "quantize":
             continue
-        if path.parent == root and path.suffix == ".safetensors":
+        if path.parent == root and path.suffix == ".safetensors" and not directory.is_adapter(name):
             continue
-        if path.suffix in WEIGHT_SUFFIXES or ".safetensors" in path.name or name.endswith(".index.json"):
+        if (target := directory.broken_link(path)) is not None:
+            left.append((name, f"{directory.LEADS_NOWHERE}: {target}"))
+        elif path.is_symlink() and path.is_dir():
+            left.append((name, directory.TO_A_DIRECTORY))
+        elif not path.is_file():
+            continue
+        elif directory.is_adapter(name):
+            left.append((name, directory.OF_AN_ADAPTER))
+        elif path.suffix in WEIGHT_SUFFIXES or ".safetensors" in path.name or name.endswith(".index.json"):
             left.append((name, "weights in another format"))
         elif first == "original":
             left.append((name, "the vendor's own format"))
@@ -354,6 +410,36 @@ def list_sidecars(root: Path, copied: Sequence[str] = ("*",)) -> tuple[tuple[str
             left.append((name, "the result has its own"))
         elif path.stat().st_size > MAX_SIDECAR_BYTES:
             left.append((name, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB"))
+        elif not directory.is_read_by_servers(name) and directory.is_pointer(path):
+            left.append((name, f"{directory.A_POINTER}; git lfs pull fetches that"))
         elif any(fnmatchcase(name, pattern) for pattern in copied):
             kept.append(name)
     return tuple(kept), tuple(left)
+
+
+def refuse_unusable_files(checkpoint: Checkpoint) -> None:
+    """Raise SourceError where the small files of a source cannot be published as they lie there.
+
+    Pointers and broken links stand for files that a server needs. A link out of the directory would put a file of this
+    machine, whatever it is, into a directory that people upload; shards may be links, since tensors alone are read.
+    """
+    root, names = checkpoint.root, checkpoint.sidecars
+    if (root / "config.json").is_file() and "config.json" not in names:
+        names = ("config.json", *names)
+
+    def refuse(found: list[str], what: str, remedy: str) -> None:
+        more = f" (and {len(found) - 1} more: {', '.join(found[1:5])})" if len(found) > 1 else ""
+        raise SourceError(f"{root}: {found[0]} is {what}{more}", remedy=remedy)
+
+    if pointers := [name for name in names if directory.is_pointer(root / name)]:
+        refuse(pointers, directory.A_POINTER, directory.pull(root))
+    broken = {name: target for name, _ in checkpoint.left_behind if (target := directory.broken_link(root / name))}
+    if lost := [name for name in broken if directory.is_read_by_servers(name) and not directory.is_adapter(name)]:
+        refuse(lost, f"a link that leads nowhere, to {broken[lost[0]]}", directory.COPY_LINKS)
+    if outward := [name for name in names if directory.leads_out(root / name, root)]:
+        refuse(
+            outward,
+            f"a link out of the source, to {os.path.realpath(root / outward[0])}, which would be published with the "
+            "result",
+            "put the file itself in its place if it belongs to the model, or remove the link",
+        )

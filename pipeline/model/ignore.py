@@ -24,13 +24,17 @@ def matches(pattern: str, module: str) -> bool:
     return module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)
 
 
-def ignored_modules(checkpoint: Checkpoint, modules: dict[str, str], patterns: list[str]) -> list[str]:
+def ignored_modules(
+    checkpoint: Checkpoint, modules: dict[str, str], patterns: list[str], heads: set[str] | frozenset[str] = frozenset()
+) -> list[str]:
     """The modules that a recipe's patterns mean.
+
+    `heads` are names of the head's module, which a model has although a tied one is in no file.
 
     Raises:
         UsageError: a pattern matches no module of the checkpoint.
     """
-    everything = set(modules) | {name.rpartition(".")[0] for name in checkpoint.tensors}
+    everything = set(modules) | {name.rpartition(".")[0] for name in checkpoint.tensors} | heads
     for pattern in patterns:
         if not any(matches(pattern, module) for module in everything):
             example = next(iter(modules))

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.checkpoint.config import head_is_tied, text_config
+from pipeline.checkpoint.config import head_ties, text_config
+from pipeline.checkpoint.reader import same_bytes
 from pipeline.checkpoint.source import Checkpoint, SourceError, Tensor
 from pipeline.model.ignore import ignored_modules, refuse_split_groups
 
@@ -42,7 +43,7 @@ REASONS: dict[Role, str] = {
     "norm": "norm or bias",
     "embedding": "embedding",
     "head": "output head",
-    "tied head": "tied to the embedding (tie_word_embeddings): loaders use that and skip this one",
+    "tied head": "tied to the embedding (tie_word_embeddings), whose bytes these are: loaders use that one",
     "outside": "outside the language model",
     "other": "in the language model, but no linear weight",
 }
@@ -86,6 +87,8 @@ class Selection:
         kept_linears: modules with a 2-D weight that stay as they are, by their hub names, in file order.
         expert_layouts: by layer prefix, for fused experts.
         warnings: what a careful user should know.
+        own_head: name of a head's weight that the config takes for the embedding, though its bytes are others; the
+            result's config has to say otherwise. None where config and shards agree.
     """
 
     root: str
@@ -96,6 +99,7 @@ class Selection:
     kept_linears: tuple[str, ...]
     expert_layouts: dict[str, ExpertLayout]
     warnings: tuple[str, ...] = ()
+    own_head: str | None = None
 
 
 def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
@@ -114,12 +118,24 @@ def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
     config = checkpoint.config
     model_type = str(config.get("model_type", "?"))
     found = _find_language_model(checkpoint)
-    choices = {name: _choose(tensor, found, checkpoint) for name, tensor in checkpoint.tensors.items()}
+    heads = _heads(checkpoint, found)
+    choices = {name: _choose(tensor, found, heads) for name, tensor in checkpoint.tensors.items()}
     _refuse_transposed(checkpoint, choices)
     layouts = _expert_layouts(checkpoint, choices, found, model_type)
     warnings = _check_layers(checkpoint, choices, found)
+    own = next((name for name, what in heads.items() if what == "own"), None)
+    if own is not None:
+        warnings.append(
+            f"config.json says tie_word_embeddings: true, but the bytes of {own} are not those of "
+            f"{found.embedding.name}: the head is kept, and the result's config.json says false"
+        )
+    warnings += [
+        f"{name}: kept in this plan; whether it is the embedding once more, as config.json says, is seen when its "
+        "shard is here"
+        for name, what in heads.items() if what == "unknown"
+    ]  # fmt: skip
     modules = quantizable_modules(checkpoint, choices, layouts)
-    ignored = ignored_modules(checkpoint, modules, list(ignore))
+    ignored = ignored_modules(checkpoint, modules, list(ignore), _head_names(found.root))
     refuse_split_groups(modules, ignored)
     whole, gone = Counter(modules.values()), Counter(modules[module] for module in ignored)
     for name, count in gone.items():
@@ -140,7 +156,7 @@ def select(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> Selection:
         if choice.role == "outside" and is_linear_shaped(checkpoint.tensors[name])
     ))  # fmt: skip
     kept = _kept_linears(checkpoint, choices, modules)
-    return Selection(found.root, found.stack, found.layers, choices, outside, kept, layouts, tuple(warnings))
+    return Selection(found.root, found.stack, found.layers, choices, outside, kept, layouts, tuple(warnings), own)
 
 
 def is_linear_shaped(tensor: Tensor) -> bool:
@@ -252,7 +268,37 @@ def _is_head(name: str) -> bool:
     return re.search(r"(^|\.)(lm_head|output|embed_out)\.weight$", name) is not None
 
 
-def _choose(tensor: Tensor, found: _LanguageModel, checkpoint: Checkpoint) -> Choice:
+def _heads(checkpoint: Checkpoint, found: _LanguageModel) -> dict[str, Literal["copy", "own", "unknown"]]:
+    """Heads in the shards that the config takes for the embedding: a copy of it, one of its own, or not to be told yet.
+
+    transformers compares them while loading and keeps a head that differs; so does vLLM since 0.32, older ones drop it.
+    What only the language model's part of a config says is taken up by some classes alone: a copy is kept then.
+    """
+    ties = head_ties(checkpoint.config)
+    made: dict[str, Literal["copy", "own", "unknown"]] = {}
+    for name, tensor in checkpoint.tensors.items() if ties != "no" else ():
+        parent = name.rpartition(".")[0].rpartition(".")[0]
+        beside = parent == "" or f"{found.root}.".startswith(f"{parent}.")
+        alike = tensor.shape == found.embedding.shape
+        if not _is_head(name) or tensor is found.embedding or not (alike or beside):
+            continue
+        same = same_bytes(checkpoint, tensor, found.embedding)
+        if same is None:
+            made[name] = "unknown"
+        elif same and ties == "model":
+            made[name] = "copy"
+        elif not same and beside:
+            made[name] = "own"
+    return made
+
+
+def _head_names(root: str) -> set[str]:
+    """Names that the head's module goes by, tied or not: transformers' own, vLLM's, and those beside `root`."""
+    parts = root.split(".") if root else []
+    return {"lm_head", "language_model.lm_head", *(".".join([*parts[:n], "lm_head"]) for n in range(1, len(parts)))}
+
+
+def _choose(tensor: Tensor, found: _LanguageModel, heads: Mapping[str, str]) -> Choice:
     name, stack, root = tensor.name, found.stack, found.root
     inside = re.match(rf"{re.escape(stack)}\.(\d+)\.(.+)" if stack else r"(\d+)\.(.+)", name)
     if inside:
@@ -263,8 +309,7 @@ def _choose(tensor: Tensor, found: _LanguageModel, checkpoint: Checkpoint) -> Ch
     if tensor is found.embedding:
         return Choice("embedding", None, name.rpartition(".")[0])
     if _is_head(name):
-        tied = head_is_tied(checkpoint.config) and tensor.shape == found.embedding.shape
-        return Choice("tied head" if tied else "head", None, name.rpartition(".")[0])
+        return Choice("tied head" if heads.get(name) == "copy" else "head", None, name.rpartition(".")[0])
     prefix = f"{root}." if root else ""
     if name.startswith(prefix) and name.count(".") <= prefix.count(".") + 1 and len(tensor.shape) <= 1:
         return Choice("norm", None, root)

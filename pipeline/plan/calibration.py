@@ -11,7 +11,7 @@ from pipeline.calibration.captions import CaptionSet, load_captions
 from pipeline.calibration.placement import Device, Needs, Place, choose_device, choose_place, import_libraries
 from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.layout import OutputTensor
-from pipeline.checkpoint.source import Checkpoint
+from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint
 from pipeline.errors import UsageError
 from pipeline.plan.layout import LayerUnit
 from pipeline.recipe.recipe import Recipe
@@ -97,6 +97,6 @@ def calibration_warnings(recipe: Recipe, checkpoint: Checkpoint, calibration: Ca
             f"{recipe.calibration.max_length if recipe.calibration else 0} tokens"
         )
     dtypes = {tensor.dtype for layer in calibration.layers for tensor in layer.tensors if len(tensor.shape) > 1}
-    if other := sorted(dtypes - {"BF16"}):
+    if other := sorted(dtypes & {*FLOAT_DTYPES} - {"BF16"}):
         found.append(f"weights in {', '.join(other)} run in BF16 while amax is collected")
     return found

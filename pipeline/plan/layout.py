@@ -160,9 +160,10 @@ def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backen
             yield _Draft(action, (_Block(0, ()),), (group,), choice.layer)
             continue
         if tensor.dtype not in FLOAT_DTYPES:
+            wide = tensor.dtype == "F64"
             raise SourceError(
-                f"{name}: a {tensor.dtype} weight",
-                remedy="BF16, F16 and F32 are quantized here, use the original checkpoint",
+                f"{name}: a {tensor.dtype} weight; BF16, F16 and F32 are quantized here",
+                remedy="save the model in one of these first" if wide else "use the original checkpoint",
             )
         if choice.role == "linear":
             rows, columns = tensor.shape

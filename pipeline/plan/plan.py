@@ -19,8 +19,9 @@ from typing import Any
 from pipeline import __version__
 from pipeline.backends.base import Backend
 from pipeline.backends.registry import choose_backend
+from pipeline.checkpoint import directory
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
-from pipeline.checkpoint.source import Checkpoint, SourceError
+from pipeline.checkpoint.source import Checkpoint, SourceError, refuse_unusable_files
 from pipeline.errors import UsageError
 from pipeline.machine.system import default_threads
 from pipeline.model.ignore import IgnoreList
@@ -38,6 +39,7 @@ from pipeline.plan.layout import (
     lay_out,
     layer_units,
 )
+from pipeline.plan.quantized_source import refuse_quantized, refuse_quantized_parts
 from pipeline.recipe.recipe import Recipe, not_yet_built
 
 BASE_MEMORY = 80 << 20  # the process before its first buffer, measured with room to spare
@@ -129,9 +131,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     """
     if missing := not_yet_built(recipe):
         raise UsageError("\n".join(missing))
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
+    refuse_unusable_files(checkpoint)
     backend = choose_backend(recipe)
     selection = select(checkpoint, recipe.ignore)
+    refuse_quantized_parts(checkpoint, selection, backend.format.weight_dtype)
     drafts = list(draft_outputs(checkpoint, selection, backend))
     outputs, shards = lay_out(drafts, recipe.shard_bytes)
     if recipe.kv_cache == "fp8" and not backend.attention_outputs():
@@ -149,7 +153,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     check_accounts(checkpoint, actions, outputs, pieces, layers)
     _check_ignore(backend, selection, actions, outputs)
     threads = recipe.runtime.threads or default_threads()
-    warnings = list(selection.warnings)
+    warnings = [*selection.warnings, *directory.notes(checkpoint.left_behind)]
     calibration = None
     if calibrated:
         calibration = plan_calibration(recipe, checkpoint, layers, outputs, prepare)
@@ -164,19 +168,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     return Plan(
         recipe, checkpoint, backend, selection, actions, outputs, shards, pieces, threads, tuple(warnings), calibration
     )
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    section = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
-    for part in ("text_config", "llm_config", "language_config"):
-        nested = checkpoint.config.get(part)
-        section = section or (nested.get("quantization_config") if isinstance(nested, dict) else None)
-    if section:
-        method = section.get("quant_method", "?") if isinstance(section, dict) else "?"
-        raise SourceError(
-            f"{checkpoint.label}: this checkpoint is quantized already ({method})",
-            remedy="a second rounding only loses: name the BF16 original as model.source",
-        )
 
 
 # --- actions -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline import __version__
 from pipeline.checkpoint import sidecars
+from pipeline.checkpoint.config import untied, untied_text
 from pipeline.checkpoint.result import CALIBRATION, EVENTS, FILES, LAYERS, PROFILE, RECIPE, VERDICT, VERSIONS
 from pipeline.checkpoint.sidecars import config_with, record_files
 from pipeline.checkpoint.source import INDEX
@@ -66,12 +67,15 @@ def write_config(plan: Plan, target: Path) -> None:
     Their hashes are added to those of `carry_files`.
     """
     extra = plan.backend.extra_files(plan.checkpoint, plan.selection)
+    own_head = plan.selection.own_head is not None
+    if own_head and "config.json" in extra:
+        extra["config.json"] = untied(extra["config.json"])
     for name, content in extra.items():
         write_file(target / name, (json.dumps(content, indent=4) + "\n").encode())
     if "config.json" not in extra:  # in ModelOpt's exact mode it is ModelOpt's
         text = (plan.checkpoint.root / "config.json").read_bytes().decode("utf-8")  # with its own ends of lines
         section = plan.backend.config_section(plan.selection)
-        write_file(target / "config.json", config_with(text, section).encode())
+        write_file(target / "config.json", config_with(untied_text(text) if own_head else text, section).encode())
     record_files(target, json.loads((target / FILES).read_text()), ("config.json", *extra))
 
 

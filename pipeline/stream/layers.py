@@ -284,9 +284,7 @@ def _refuse_unplanned(
     unit: LayerUnit, made: Mapping[str, Any], outputs: Mapping[str, OutputTensor], backend: str
 ) -> None:
     """What was planned has to be made, with its shape and dtype; a failure here is a mistake of this program."""
-    import torch
-
-    dtypes = {**torch_dtypes(), "F8_E4M3": torch.float8_e4m3fn}
+    dtypes = torch_dtypes()
     if missing := [name for name in unit.made if name not in made]:
         raise PipelineError(f"{missing[0]}: {backend} made no such tensor", remedy="please report it")
     for name, value in made.items():

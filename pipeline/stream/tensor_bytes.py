@@ -6,18 +6,15 @@ import hashlib
 from typing import Any
 
 from pipeline.backends.fp8 import Buffer, NonFiniteWeight, check_finite
-from pipeline.checkpoint.source import SourceError
+from pipeline.checkpoint.source import DTYPES, SourceError
 from pipeline.journal import Digest
 
 
 def torch_dtypes() -> dict[str, Any]:
-    """The torch dtypes of the names that safetensors gives them, FP8 excepted."""
+    """The torch dtypes of the names that safetensors gives them: of every dtype that a plan takes."""
     import torch
 
-    return {
-        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip
+    return {name: getattr(torch, kind) for name, (_, kind) in DTYPES.items()}
 
 
 def bytes_of(value: Any) -> memoryview:

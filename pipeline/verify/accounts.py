@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, Tensor
-from pipeline.formats.base import FP8, Format
+from pipeline.formats.base import Format
 from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, PACKED
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import expected_modules, select
+from pipeline.verify.distance import OF_A_MODULE
 from pipeline.verify.ignore_list import aliases, targeted
 from pipeline.verify.report import Report
 
@@ -50,9 +51,11 @@ def check_accounts(
             continue
         if role == "tied head" and found is None:
             continue
-        scale = f"{owner}.weight_scale"
-        if role == "outside" and not report.produced_here and alike and alike.dtype == FP8 and scale in result.tensors:
-            expected.update((name, scale, f"{owner}.input_scale"))
+        names = {f"{owner}.{suffix}" for suffix in OF_A_MODULE}
+        scaled = owner in packed and any(ANY_SCALE.match(each) for each in names & result.tensors.keys())
+        whole = found is None or alike is not None or found.dtype == "U8"  # two values in a byte
+        if role in ("outside", "head") and not report.produced_here and scaled and whole:
+            expected |= names  # somebody quantized it, too; the contents say how well
             quantized += 1
             continue
         if role not in ("linear", "experts"):

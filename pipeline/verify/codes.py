@@ -109,6 +109,7 @@ SECTIONS: dict[str, dict[str, Code]] = {
         "server-file-lost": _problem("vLLM does not start without a file that the source has."),
         "server-file-missing": Code("note", "problem", "vLLM does not start without a file; no source was named."),
         "server-file-not-in-source": _note("vLLM does not start without a file that the source does not have either."),
+        "file-is-pointer": _problem("A small file is a Git LFS pointer and not the file itself."),
         "tokenizer-format-unknown": _note("tokenizer.json is in a format that is not known here."),
         "tokenizer-ids-beyond": _problem("The tokenizer has ids beyond the rows of the embedding."),
         "tokenizer-ids-beyond-as-in-source": _note("The same, and the source's tokenizer has them as well."),

@@ -17,20 +17,17 @@ from pipeline.checkpoint.sidecars import changed_files
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, Tensor, read_json
 from pipeline.checkpoint.values import FORMATS
 from pipeline.formats.base import FP8, Format
-from pipeline.formats.dequantize import block_of, dequantize
-from pipeline.formats.methods import quantization_section
 from pipeline.journal import Digest, read_identity, read_pieces
 from pipeline.machine.system import default_threads
 from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection, expected_modules, select
+from pipeline.verify.distance import FAR, distance_from, packed_names
 from pipeline.verify.report import Report
 
 CHUNK = 16 << 20
-WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 SMALL = 1000  # codes; a share of fewer says little
 COARSE = 1.05  # times what a weight reaches: scales that are BF16 numbers, rounded up, are within 2^-7
 MOST_OTHER = 0.1  # of a tensor's codes that another device may round otherwise; about 3% were seen
-FAR = 0.1  # of a weight's norm: 8 bits cost about 0.03, a scale that is twice too large 1
 
 
 def check_hashes(result: Checkpoint, report: Report, stop: threading.Event | None = None) -> str | None:
@@ -117,9 +114,11 @@ def _check_files(result: Checkpoint, report: Report) -> None:
 def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, report: Report) -> str:
     """What stays against the source; what is quantized against the source quantized once more.
 
-    Weights of a layout that is not made here are dequantized and compared as numbers, where their scales say how.
+    Weights of a layout that is not made here, and those outside the language model that somebody quantized, are
+    dequantized and compared as numbers, where their scales say how.
     """
     selection, same, again, other, near, unread = select(source), 0, 0, 0, 0, 0
+    fewest = 8  # bits of a value
     identity = read_identity(result.root)
     scheme = of_result(method, identity) if method is not None else None
     ours = identity is not None and (scheme is None or scheme.repeats(identity))
@@ -138,9 +137,9 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
             if _as_dtype(read_tensor(source, tensor), tensor.dtype, kind) != read_tensor(result, found):
                 text = f"{name}: it holds other numbers than the source's, rounded to {kind}"
                 report.add("rounded-values-differ", name, text)
-        elif role not in ("linear", "experts") or tensor.dtype not in FLOAT_DTYPES:
+        elif tensor.dtype not in FLOAT_DTYPES:
             continue
-        elif scheme is not None and scheme.format.can_repeat(tensor.dtype, ours):
+        elif role in ("linear", "experts") and scheme is not None and scheme.format.can_repeat(tensor.dtype, ours):
             again += 1
             try:
                 wrong, far = _quantize_again(source, tensor, result, role, selection, scheme, options, powers, reaches)
@@ -153,16 +152,18 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
                 how = f"{scheme.numerics} numerics on a CPU"
                 text = f"{wrong}: not what the source's {name} gives when it is quantized ({how})"
                 report.add("requantized-differs", wrong, text)
-        elif (distance := _distance(source, tensor, result)) is None:
-            unread += found is not None and found.dtype not in FLOAT_DTYPES
+        elif (distance := distance_from(source, tensor, result)) is None:
+            unread += (found is not None and found.dtype not in FLOAT_DTYPES) or (
+                found is None and any(packed in result.tensors for packed in packed_names(name))
+            )
         else:
-            near += 1
-            if not distance <= FAR:
+            near, fewest = near + 1, min(fewest, distance.bits)
+            if distance.far:
                 report.add(
                     "weight-far-from-source",
                     name,
-                    f"{name}: what the checkpoint holds for it is {distance:.0%} away from the source's weight; 8 bits "
-                    "cost about 3%",
+                    f"{name}: what the checkpoint holds for it is {distance.share:.0%} away from the source's weight; "
+                    f"{distance.cost}",
                 )
     _check_coarse_scales(reaches, report)
     if unread:
@@ -174,7 +175,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
         )
     bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
     quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
-    quantized += [f"{near} weights dequantized: within {FAR:.0%} of the source's"] if near else []
+    quantized += [f"{near} weights dequantized: within {FAR[fewest]:.0%} of the source's"] if near else []
     return "; ".join([f"{same} tensors that stay as they are: byte for byte the source's", *quantized])
 
 
@@ -191,31 +192,6 @@ def _check_coarse_scales(reaches: dict[str, tuple[float, float]], report: Report
                 f"{module}.weight_scale: it holds up to {held:.4g}, the source's weight reaches {widest[module]:.4g}: "
                 "small weights are lost",
             )
-
-
-def _distance(source: Checkpoint, tensor: Tensor, result: Checkpoint) -> float | None:
-    """How far an FP8 weight, dequantized, is from its source's: the norm of the difference over the source's norm.
-
-    None where the result's tensor has no E4M3 values with a per-tensor, per-channel or block-wise scale.
-    """
-    import torch
-
-    module = tensor.name.removesuffix(".weight")
-    values = result.tensors.get(f"{module}.weight")
-    scale = next((result.tensors[f"{module}.{s}"] for s in WEIGHT_SCALES if f"{module}.{s}" in result.tensors), None)
-    if values is None or scale is None or values.dtype != FP8 or values.shape != tensor.shape or len(tensor.shape) != 2:
-        return None
-    if (kind := _kind(scale.dtype)) is None:
-        return None
-    factor = torch.frombuffer(bytearray(read_tensor(result, scale)), dtype=kind).view(scale.shape)
-    held = torch.frombuffer(bytearray(read_tensor(result, values)), dtype=torch.float8_e4m3fn).view(tensor.shape)
-    found = dequantize(held, factor, block_of(quantization_section(result) or {}))
-    if found is None:
-        return None
-    raw = bytearray(read_tensor(source, tensor))
-    weight = torch.frombuffer(raw, dtype=_kind(tensor.dtype)).view(tensor.shape).float()
-    norm = float(weight.norm())
-    return float((found - weight).norm()) / norm if norm else 0.0
 
 
 def _powers(result: Checkpoint) -> dict[str, int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import directory
+from pipeline.checkpoint.config import TIE, untied
 from pipeline.checkpoint.source import Checkpoint, SourceError, read_json
 from pipeline.formats.methods import SECTION
-from pipeline.model.selection import Selection
+from pipeline.model.selection import Selection, select
 from pipeline.verify.kv_cache import dtype_said
 from pipeline.verify.report import Report
 
@@ -24,7 +26,10 @@ def check_tokenizer(result: Checkpoint, selection: Selection | None, source: Che
     """
     path = result.root / "tokenizer.json"
     _check_server_files(result, source, report)
-    if not path.exists():
+    for name in result.sidecars:
+        if directory.is_pointer(result.root / name):
+            report.add("file-is-pointer", name, f"{name}: {directory.A_POINTER}", directory.pull(result.root))
+    if not path.exists() or directory.is_pointer(path):
         return
     found = _token_ids(path)
     if found is None:
@@ -96,12 +101,15 @@ def check_config(result: Checkpoint, source: Checkpoint, report: Report) -> str:
         {key: value for key, value in config.items() if key != "quantization_config"}
         for config in (result.config, source.config)
     )
+    own_head = select(source).own_head
+    if own_head is not None and own_head in result.tensors and ours == untied(theirs):
+        theirs = ours  # which says what the shards hold
     if ours != theirs:
         changed = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
         if not report.produced_here and set(changed) <= {"transformers_version", "_name_or_path"}:
             text = f"config.json differs from the source's in {', '.join(changed)}, which says who wrote it"
             report.add("config-writer-differs", "config.json", text)
-        elif _means_the_same(result, source):
+        elif _means_the_same(result, source, own_head is not None):
             text = f"config.json is written anew ({', '.join(changed)}); transformers reads it as the source's"
             report.add("config-rewritten", "config.json", text)
         else:
@@ -153,8 +161,11 @@ def _vocabulary(content: dict[str, Any]) -> Any:
     return {**{key: value for key, value in model.items() if value not in (None, False, "")}, "merges": merges}
 
 
-def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
-    """Whether transformers makes the same of both configs: ModelOpt's export saves its own normal form."""
+def _means_the_same(result: Checkpoint, source: Checkpoint, own_head: bool) -> bool:
+    """Whether transformers makes the same of both configs: ModelOpt's export saves its own normal form.
+
+    With `own_head` what they say of a tied head is left aside: the shards know better.
+    """
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -166,7 +177,8 @@ def _means_the_same(result: Checkpoint, source: Checkpoint) -> bool:
         except Exception:  # a config that transformers cannot read means nothing in particular
             return False
         values.pop(SECTION, None)
-        made.append(_without(values, {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}))
+        aside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", *({TIE} if own_head else ())}
+        made.append(_without(values, aside))
     same_dtype = dtype_said(result.config) == dtype_said(source.config)  # parts may say it more than once
     return bool(same_dtype and made[0] == made[1])
 
