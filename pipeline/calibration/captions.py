@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.checkpoint.hub import HUB_ID
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, seen_from
 from pipeline.recipe.sections import Calibration
 
 CALIB_DATA = Path(__file__).resolve().parents[2] / "calib_data"  # by place: the package need not be importable
@@ -227,9 +227,15 @@ def read_source(name: str) -> Source:
         raise UsageError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
     if not HUB_ID.fullmatch(name):
         raise UsageError(
-            f"calibration.captions: {name!r} is no file or directory",
+            f"calibration.captions: {name!r} is no file or directory{seen_from(path)}",
             remedy="allowed: coco2017, embedded, a path to .json (COCO annotations), .jsonl or .txt, a directory, or "
             "a hub id (org/name)",
+        )
+    if Path(first := path.parts[0]).is_dir():
+        raise UsageError(
+            f"calibration.captions: {name!r} is no file or directory{seen_from(path)}; {first} is a directory here, so "
+            "it is not looked for on the hub",
+            remedy="correct the path",
         )
     return _read_hub(name)
 
@@ -264,7 +270,7 @@ def _read_coco2017() -> Source:
 def _read_file(path: Path, expected: str | None = None) -> Source:
     """A file's captions; `expected` is the SHA-256 that a built set's manifest has for it."""
     if not path.exists():
-        raise UsageError(f"{path}: no such file; calibration needs captions")
+        raise UsageError(f"{path}: no such file{seen_from(path)}; calibration needs captions")
     readers: dict[str, Callable[[str, Path], tuple[list[Caption], tuple[Terms, ...]]]]
     readers = {".json": _parse_coco, ".jsonl": _parse_lines, ".txt": _parse_text}
     parse = readers.get(path.suffix.lower())
