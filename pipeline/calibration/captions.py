@@ -92,6 +92,7 @@ class Choice:
     empty: int
     duplicates: int
     over_per_image: int
+    numbers: tuple[int, ...] = ()  # of each chosen caption, from 1, as the source holds them
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class CaptionSet:
         empty: of these dropped, as nothing was left after normalization.
         duplicates: dropped as exact repeats.
         over_per_image: dropped because their image had enough.
+        numbers: of each text, from 1, in the order in which the source holds its captions.
     """
 
     texts: tuple[str, ...]
@@ -116,6 +118,7 @@ class CaptionSet:
     duplicates: int
     over_per_image: int
     terms: tuple[Terms, ...] = ()
+    numbers: tuple[int, ...] = ()
 
 
 def load_captions(wanted: Calibration) -> CaptionSet:
@@ -129,8 +132,9 @@ def load_captions(wanted: Calibration) -> CaptionSet:
     made = choose(source.captions, wanted.seed, wanted.samples, wanted.per_image, wanted.captions, keys)
     texts = tuple(caption.text for caption in made.captions)
     return CaptionSet(
-        texts, wanted.captions, source.files, made.read, made.empty, made.duplicates, made.over_per_image, source.terms
-    )
+        texts, wanted.captions, source.files, made.read, made.empty, made.duplicates, made.over_per_image, source.terms,
+        made.numbers,
+    )  # fmt: skip
 
 
 # --- choosing ---------------------------------------------------------------------------------------
@@ -163,13 +167,14 @@ def choose(
         UsageError: there are fewer captions than asked for, or none.
     """
     owners: dict[str, Image] = {}
+    first: dict[str, int] = {}
     empty = duplicates = 0
-    for image, raw in captions:
+    for number, (image, raw) in enumerate(captions, 1):
         text = normalize(raw)
         if not text:
             empty += 1
         elif text not in owners:
-            owners[text] = image
+            owners[text], first[text] = image, number
         else:
             duplicates += 1
             owners[text] = min(owners[text], image, key=_image_order)
@@ -193,7 +198,9 @@ def choose(
             f"({len(captions):,} read, dropped: {dropped})",
             remedy=f"lower {keys[0]} to {len(kept)}" + (f", or raise {keys[1]}" if over else ""),
         )
-    return Choice(tuple(kept[:samples]), len(captions), empty, duplicates, over)
+    chosen = tuple(kept[:samples])
+    numbers = tuple(first[caption.text] for caption in chosen)
+    return Choice(chosen, len(captions), empty, duplicates, over, numbers)
 
 
 def _image_order(image: Image) -> tuple[int, int, str]:

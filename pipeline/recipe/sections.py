@@ -86,7 +86,8 @@ class Calibration(Section):
     )
     template: Literal["raw", "chat"] = Field(
         "raw",
-        description="raw: the caption's tokens alone; chat: the caption as the answer in the model's chat template.",
+        description="raw: the caption's tokens alone; chat: the caption as the answer in the model's chat template. "
+        "Special tokens written in a caption are text in both.",
         examples=["chat"],
     )
     seed: int = Field(0, ge=0, description="Chooses other captions where there are more than samples.", examples=[1])
