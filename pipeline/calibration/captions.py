@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +92,8 @@ class Choice:
     empty: int
     duplicates: int
     over_per_image: int
-    numbers: tuple[int, ...] = ()  # of each chosen caption, from 1, as the source holds them
+    # of each chosen caption, from 1, as the source holds them: for messages, and no part of the choice
+    numbers: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class CaptionSet:
     duplicates: int
     over_per_image: int
     terms: tuple[Terms, ...] = ()
-    numbers: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = field(default=(), compare=False)
 
 
 def load_captions(wanted: Calibration) -> CaptionSet:
