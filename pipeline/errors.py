@@ -6,6 +6,7 @@ interrupted after a clean save, run again to go on.
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -188,6 +189,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 T = TypeVar("T")
+
+
+def seen_from(path: Path) -> str:
+    """Where a relative path was looked for, to follow it in a message; empty for an absolute one."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}, the working directory"
 
 
 def attempt(doing: str, call: Callable[[], T]) -> T:

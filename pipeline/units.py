@@ -22,7 +22,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
     if not match or unit is None:
-        raise ValueError("a size is a number and a unit: B, KB, MB, GB, TB, KiB, MiB or GiB, e.g. 5GB")
+        alone = re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", text)
+        likely = with_unit(float(text)) if alone else "5GB"
+        raise ValueError(f"a size is a number and a unit: B, KB, MB, GB, TB, KiB, MiB or GiB, e.g. {likely}")
     try:
         size = int(float(match[1]) * unit)
     except OverflowError:
@@ -30,6 +32,13 @@ def parse_size(text: str) -> int:
     if size < 10**6:
         raise ValueError("the smallest size here is 1MB")
     return size
+
+
+def with_unit(number: float) -> str:
+    """A size that was written without a unit, as it was probably meant: small numbers in GB, large ones in bytes."""
+    if abs(number) < 10**6:
+        return f"{number:.12g}GB"
+    return f"{number / 10**9:.12g}GB" if number % 10**7 == 0 else f"{number:.0f}B"
 
 
 def time_text(seconds: float) -> str:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.checkpoint.result import PROFILE
+from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import UsageError
 from pipeline.recipe import recipe
 from pipeline.serving import profile
+from pipeline.verify import verify
 from pipeline.vllm_env import environment as vllm_env
 from pipeline.vllm_env.worker import VllmWorker
 from tests.conftest import ROOT, assert_one_clear_line, make_plain_checkpoint
@@ -189,6 +192,37 @@ def test_another_dtype_than_bf16() -> None:
         assert "dtype" not in made(config) and "# dtype" not in made(config)["comments"]
     told = made(SHAPES["llava"], "{extra: {dtype: float16}}")
     assert told["dtype"] == "float16" and "# dtype" not in told["comments"]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtypes", "other"),
+    [
+        (TEXT, {"F16", "I64"}, "config says nothing, and vLLM would go by the weights: float16"),
+        (TEXT, {"F32"}, "config says nothing, and vLLM would go by the weights: float32"),
+        ({**TEXT, "vision_config": {"torch_dtype": "float16"}}, {"BF16"}, "config says float16"),
+        ({**TEXT, "dtype": "float16"}, {"BF16"}, "config says float16"),
+        (TEXT, {"BF16", "F32"}, None),
+        ({**TEXT, "torch_dtype": "bfloat16"}, {"F16"}, None),
+    ],
+)
+def test_where_the_config_says_no_dtype_the_weights_do(config: dict[str, Any], dtypes: set, other: str | None) -> None:
+    text = "model: {source: x}\noutput: x\nbackend: modelopt\nscheme: fp8\ncalibration: {}\n"
+    written = profile.write(recipe.parse(text), config, 10**9, dtypes)
+    assert profile.stated_dtype(written) == ("bfloat16" if other else None)
+    assert other is None or f"# dtype: the {other}, but the scales" in written
+
+
+def test_the_check_is_told_the_dtype_that_the_server_is(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    source = make_plain_checkpoint(tmp_path / "source", dtype="F16", config={"dtype": None})
+    for number, (override, dtype) in enumerate((((), "bfloat16"), (("serve.extra.dtype=float16",), "float16"))):
+        output = tmp_path / f"out{number}"
+        done = quantize(write_recipe(source), f"output={output}", *override)
+        assert done.returncode == 0, done.stderr
+        assert profile.stated_dtype((output / PROFILE).read_text()) == dtype
+        assert verify._dtype(open_checkpoint(output)) == dtype
+    (output / PROFILE).unlink()
+    assert verify._dtype(open_checkpoint(output)) == "bfloat16"
+    assert verify._dtype(open_checkpoint(source)) == "auto"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape(small_model: Callable[[str
     ("change", "words"),
     [
         ({"architectures": ["NoSuchModel"]}, "has no class 'NoSuchModel'"),
-        ({"architectures": None}, "has no class None"),
+        ({"architectures": None}, "names no class in architectures"),
         ({"num_attention_heads": "four"}, "transformers cannot build this model"),
     ],
 )

@@ -14,12 +14,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.checkpoint.hub import HUB_ID
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, seen_from
 from pipeline.recipe.sections import Calibration
 
 CALIB_DATA = Path(__file__).resolve().parents[2] / "calib_data"  # by place: the package need not be importable
@@ -92,6 +92,8 @@ class Choice:
     empty: int
     duplicates: int
     over_per_image: int
+    # of each chosen caption, from 1, as the source holds them: for messages, and no part of the choice
+    numbers: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class CaptionSet:
         empty: of these dropped, as nothing was left after normalization.
         duplicates: dropped as exact repeats.
         over_per_image: dropped because their image had enough.
+        numbers: of each text, from 1, in the order in which the source holds its captions.
     """
 
     texts: tuple[str, ...]
@@ -116,6 +119,7 @@ class CaptionSet:
     duplicates: int
     over_per_image: int
     terms: tuple[Terms, ...] = ()
+    numbers: tuple[int, ...] = field(default=(), compare=False)
 
 
 def load_captions(wanted: Calibration) -> CaptionSet:
@@ -129,8 +133,9 @@ def load_captions(wanted: Calibration) -> CaptionSet:
     made = choose(source.captions, wanted.seed, wanted.samples, wanted.per_image, wanted.captions, keys)
     texts = tuple(caption.text for caption in made.captions)
     return CaptionSet(
-        texts, wanted.captions, source.files, made.read, made.empty, made.duplicates, made.over_per_image, source.terms
-    )
+        texts, wanted.captions, source.files, made.read, made.empty, made.duplicates, made.over_per_image, source.terms,
+        made.numbers,
+    )  # fmt: skip
 
 
 # --- choosing ---------------------------------------------------------------------------------------
@@ -163,13 +168,14 @@ def choose(
         UsageError: there are fewer captions than asked for, or none.
     """
     owners: dict[str, Image] = {}
+    first: dict[str, int] = {}
     empty = duplicates = 0
-    for image, raw in captions:
+    for number, (image, raw) in enumerate(captions, 1):
         text = normalize(raw)
         if not text:
             empty += 1
         elif text not in owners:
-            owners[text] = image
+            owners[text], first[text] = image, number
         else:
             duplicates += 1
             owners[text] = min(owners[text], image, key=_image_order)
@@ -193,7 +199,9 @@ def choose(
             f"({len(captions):,} read, dropped: {dropped})",
             remedy=f"lower {keys[0]} to {len(kept)}" + (f", or raise {keys[1]}" if over else ""),
         )
-    return Choice(tuple(kept[:samples]), len(captions), empty, duplicates, over)
+    chosen = tuple(kept[:samples])
+    numbers = tuple(first[caption.text] for caption in chosen)
+    return Choice(chosen, len(captions), empty, duplicates, over, numbers)
 
 
 def _image_order(image: Image) -> tuple[int, int, str]:
@@ -227,9 +235,15 @@ def read_source(name: str) -> Source:
         raise UsageError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
     if not HUB_ID.fullmatch(name):
         raise UsageError(
-            f"calibration.captions: {name!r} is no file or directory",
+            f"calibration.captions: {name!r} is no file or directory{seen_from(path)}",
             remedy="allowed: coco2017, embedded, a path to .json (COCO annotations), .jsonl or .txt, a directory, or "
             "a hub id (org/name)",
+        )
+    if Path(first := path.parts[0]).is_dir():
+        raise UsageError(
+            f"calibration.captions: {name!r} is no file or directory{seen_from(path)}; {first} is a directory here, so "
+            "it is not looked for on the hub",
+            remedy="correct the path",
         )
     return _read_hub(name)
 
@@ -264,7 +278,7 @@ def _read_coco2017() -> Source:
 def _read_file(path: Path, expected: str | None = None) -> Source:
     """A file's captions; `expected` is the SHA-256 that a built set's manifest has for it."""
     if not path.exists():
-        raise UsageError(f"{path}: no such file; calibration needs captions")
+        raise UsageError(f"{path}: no such file{seen_from(path)}; calibration needs captions")
     readers: dict[str, Callable[[str, Path], tuple[list[Caption], tuple[Terms, ...]]]]
     readers = {".json": _parse_coco, ".jsonl": _parse_lines, ".txt": _parse_text}
     parse = readers.get(path.suffix.lower())

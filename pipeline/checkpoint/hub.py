@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import source
 from pipeline.checkpoint.source import Checkpoint, SourceError, open_checkpoint
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, seen_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 FIRST_READ = 1 << 20  # most headers fit into it
+# what people call the directories that they keep checkpoints in; hardly an organisation's name
+LOCAL_WORDS = frozenset({
+    "cache", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "download", "downloads", "export", "exports",
+    "local", "merged", "model", "models", "out", "output", "outputs", "result", "results", "run", "runs", "src", "tmp",
+    "weights", "work",
+})  # fmt: skip
 NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*", "README.md"]
 
 
@@ -47,10 +53,35 @@ def resolve(
     if path.exists() or name.startswith((".", "/", "~")):
         if revision is not None:
             raise UsageError(f"{asked[1]}: {name} is a directory; a revision belongs to a hub id")
+        if not path.exists():
+            raise SourceError(
+                f"{path}: no such directory{seen_from(path)}",
+                remedy="name a directory with a checkpoint, or a hub id (org/name)",
+            )
         return open_checkpoint(path, name)
     if not HUB_ID.fullmatch(name):
-        raise UsageError(f"{asked[0]}: {name!r} is no directory, and no hub id (org/name)")
+        raise UsageError(f"{asked[0]}: {name!r} is no directory{seen_from(path)}, and no hub id (org/name)")
+    if revision is None and (why := looks_local(name)) and not _is_cached(name):
+        raise SourceError(
+            f"{name}: no such directory{seen_from(path)}; {why}, so it is not looked for on the hub",
+            remedy=f"correct the path, or, if it is a hub id, say so by its revision ({asked[1]}: main)",
+        )
     return _from_hub(name, revision, headers_only)
+
+
+def looks_local(name: str) -> str | None:
+    """Why a name of the form org/name was probably meant as a path; None where nothing says so."""
+    first = Path(name).parts[0]
+    if Path(first).is_dir():
+        return f"{first} is a directory here"
+    return f"{first}/ is what directories are called" if first.lower() in LOCAL_WORDS else None
+
+
+def _is_cached(name: str) -> bool:
+    """Whether something of a hub id is in the cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
 
 
 def _from_hub(name: str, revision: str | None, headers_only: bool) -> Checkpoint:
@@ -176,10 +207,13 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
             f"{name}: there is no revision {revision}", remedy="see the model's page for its branches"
         ) from None
     except RepositoryNotFoundError:
-        raise SourceError(f"{name}: not on the hub, or private", remedy="check the name, or set HF_TOKEN") from None
+        raise SourceError(
+            f"{name}: not on the hub, or private, and no directory{seen_from(Path(name))}",
+            remedy="check the name, or set HF_TOKEN",
+        ) from None
     except LocalEntryNotFoundError:
         raise SourceError(
-            f"{name}: not in the cache, and the hub cannot be reached",
+            f"{name}: no directory{seen_from(Path(name))}, not in the cache, and the hub cannot be reached",
             remedy="connect, unset HF_HUB_OFFLINE, or name a directory",
         ) from None
     except HFValidationError as error:

@@ -167,6 +167,12 @@ def promised_cache(checkpoint: Checkpoint) -> str | None:
     return str(said).lower() if str(said).lower() in ("fp8", "nvfp4") else None
 
 
+def is_cache_scale(tensor: Tensor) -> bool:
+    """Whether a tensor is a cache scale by its name, those of Quark and AutoFP8 included, and by its shape."""
+    named = CACHE_SCALE.search(tensor.name) or re.search(r"\.(k|v|q|kv)_proj\.output_scale$", tensor.name)
+    return named is not None and (tensor.shape in ((), (1,)) or (len(tensor.shape) == 3 and tensor.shape[1:] == (1, 1)))
+
+
 def has_cache_scales(checkpoint: Checkpoint) -> bool:
     """Whether there are scales that vLLM would use with ``--kv-cache-dtype fp8``."""
     return any(CACHE_SCALE.search(name) for name in checkpoint.tensors)

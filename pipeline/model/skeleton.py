@@ -62,6 +62,72 @@ class Layer:
     tensors: Mapping[str, Any]
 
 
+def model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The class that a checkpoint's config.json names, and its config, as calibration runs them.
+
+    Raises:
+        SourceError: config.json names none, or one that transformers does not have, or does not fit it.
+    """
+    import transformers
+
+    named = checkpoint.config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else named
+    if not isinstance(name, str) or not name:
+        likely = _class_of(str(checkpoint.config.get("model_type")))
+        raise SourceError(
+            f"{checkpoint.label}: config.json names no class in architectures, and calibration runs the model's own",
+            remedy=f'add "architectures": ["{likely}"]'
+            if likely
+            else "add its architectures, as the original has them",
+        )
+    known = getattr(transformers, name, None)
+    if known is None:
+        raise SourceError(
+            f"{checkpoint.label}: transformers {transformers.__version__} has no class {name!r}, which config.json "
+            "names in architectures; only models that transformers runs can be calibrated"
+        )
+    with quiet(), _building(checkpoint):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
+        _forget_kernels(config)
+    return known, config
+
+
+def _class_of(model_type: str) -> str | None:
+    """The class that transformers has for a type of model that writes text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    for table in (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if name := table.get(model_type):
+            return name if isinstance(name, str) else None
+    return None
+
+
+def _forget_kernels(config: Any) -> None:
+    """Attention as transformers chooses it, where a config asks for a kernel that needs a further library.
+
+    What fine-tunes leave there, such as flash_attention_2, is how they were trained, and nothing of the model.
+    """
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        config._attn_implementation_internal = None
+    if getattr(config, "_experts_implementation", None) not in (None, "eager", "grouped_mm", "batched_mm"):
+        config._experts_implementation_internal = None
+    for key in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, key, None)) is not None:
+            _forget_kernels(part)
+
+
+@contextmanager
+def _building(checkpoint: Checkpoint) -> Iterator[None]:
+    """Whatever transformers raises over a config that does not fit, as one line."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise SourceError(f"{checkpoint.label}: transformers cannot build this model: {text}") from None
+
+
 class Skeleton:
     """See the module's text."""
 
@@ -85,23 +151,9 @@ class Skeleton:
         from accelerate import init_empty_weights
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        with quiet():
-            try:
-                config = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
-                name = (checkpoint.config.get("architectures") or [None])[0]
-                known = getattr(transformers, name or "", None)
-                if known is None:
-                    raise SourceError(
-                        f"{checkpoint.label}: transformers {transformers.__version__} has no class {name!r}, which "
-                        "config.json names in architectures; only models that transformers runs can be calibrated"
-                    )
-                with init_empty_weights(include_buffers=False):
-                    model = known._from_config(config, dtype=torch.bfloat16)
-            except SourceError:
-                raise
-            except Exception as error:  # transformers raises what it likes over a config that does not fit
-                text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-                raise SourceError(f"{checkpoint.label}: transformers cannot build this model: {text}") from None
+        known, config = model_class(checkpoint)
+        with quiet(), _building(checkpoint), init_empty_weights(include_buffers=False):
+            model = known._from_config(config, dtype=torch.bfloat16)
         model.eval()
         for module in model.modules():
             for key, value in list(module._buffers.items()):

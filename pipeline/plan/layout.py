@@ -12,11 +12,13 @@ from pipeline.backends.base import Backend
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, SourceError, Tensor
 from pipeline.errors import UsageError
+from pipeline.formats.methods import is_cache_scale, is_weight_scale
 from pipeline.model.selection import REASONS, ExpertLayout, Selection, attention_prefix, expert_modules
 
 PIECE_BYTES = 16 << 20  # of source: stays in the last-level cache between read, cast and write
 UNIT_BYTES = 128 << 20  # of output: what a kill can cost
 Action = Literal["quantize", "copy", "drop"]
+LEFT_OVER = "KV scale left over in a source that is not quantized: a server would use it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +149,47 @@ def _cache_drafts(selection: Selection, backend: Backend) -> dict[str, _Draft]:
     return found
 
 
+def refuse_left_over(checkpoint: Checkpoint, selection: Selection) -> None:
+    """Scales beside weights that are plain numbers: a server would multiply by them, or refuse them.
+
+    Raises:
+        SourceError: with the first of them.
+    """
+    found = []
+    for name, tensor in checkpoint.tensors.items():
+        weight = checkpoint.tensors.get(f"{name.rpartition('.')[0]}.weight")
+        if weight is None or weight.dtype not in FLOAT_DTYPES or not is_weight_scale(tensor):
+            continue
+        if selection.choices[weight.name].role in ("linear", "ignored", "router", "head"):
+            found.append((name, weight.dtype))
+    if found:
+        name, dtype = found[0]
+        raise SourceError(
+            f"{name}: a scale is left over beside a {dtype} weight, {len(found)} in all",
+            remedy="if the weights are dequantized, save the checkpoint without these scales; else name the original",
+        )
+
+
+def left_over_note(actions: Mapping[str, TensorAction], calibrated: bool) -> str | None:
+    """A sentence on KV scales that are dropped; None where there are none."""
+    dropped = [name for name, action in actions.items() if action.reason == LEFT_OVER]
+    if not dropped:
+        return None
+    instead = "calibration measures new ones" if calibrated else "a server would use them, whatever they were made for"
+    return f"{len(dropped)} KV scales left over in the source are dropped, first {dropped[0]}: {instead}"
+
+
 def _weight_drafts(checkpoint: Checkpoint, selection: Selection, backend: Backend) -> Iterator[_Draft]:
     for name, tensor in checkpoint.tensors.items():
         choice = selection.choices[name]
         reason = REASONS[choice.role]
         if choice.role == "tied head":
             yield _Draft(TensorAction(tensor, "drop", reason, choice.component, None, ()), (), (), choice.layer)
+            continue
+        if choice.layer is not None and is_cache_scale(tensor):
+            yield _Draft(
+                TensorAction(tensor, "drop", LEFT_OVER, choice.component, choice.layer, ()), (), (), choice.layer
+            )
             continue
         if choice.role not in ("linear", "experts"):
             group = ((name, tensor.dtype, tensor.shape),)
@@ -219,7 +256,10 @@ def lay_out(drafts: list[_Draft], limit: int) -> tuple[dict[str, OutputTensor], 
         raw = len(text).to_bytes(8, "little") + text
         for name, dtype, shape, nbytes in entries:
             if name in outputs:
-                raise SourceError(f"{name}: two source tensors would become this one")
+                raise SourceError(
+                    f"{name}: two tensors of the result would have this name",
+                    remedy="is it left over in the source from another tool? Save the checkpoint without it",
+                )
             offset = len(raw) + header[name]["data_offsets"][0]
             outputs[name] = OutputTensor(name, dtype, shape, nbytes, index, offset)
         file = "model.safetensors" if len(bins) == 1 else f"model-{index + 1:05d}-of-{len(bins):05d}.safetensors"

@@ -38,6 +38,8 @@ from pipeline.plan.layout import (
     draft_outputs,
     lay_out,
     layer_units,
+    left_over_note,
+    refuse_left_over,
 )
 from pipeline.plan.quantized_source import refuse_quantized, refuse_quantized_parts
 from pipeline.recipe.recipe import Recipe, not_yet_built
@@ -73,6 +75,11 @@ class Plan:
     def read_nbytes(self) -> int:
         """What a whole run reads of the source."""
         return sum(piece.nbytes for piece in self.pieces) + sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def source_dtypes(self) -> frozenset[str]:
+        """The dtypes of the source's tensors."""
+        return frozenset(tensor.dtype for tensor in self.checkpoint.tensors.values())
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -136,6 +143,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     backend = choose_backend(recipe)
     selection = select(checkpoint, recipe.ignore)
     refuse_quantized_parts(checkpoint, selection, backend.format.weight_dtype)
+    refuse_left_over(checkpoint, selection)
     drafts = list(draft_outputs(checkpoint, selection, backend))
     outputs, shards = lay_out(drafts, recipe.shard_bytes)
     if recipe.kv_cache == "fp8" and not backend.attention_outputs():
@@ -154,11 +162,16 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     _check_ignore(backend, selection, actions, outputs)
     threads = recipe.runtime.threads or default_threads()
     warnings = [*selection.warnings, *directory.notes(checkpoint.left_behind)]
+    if note := left_over_note(actions, recipe.kv_cache == "fp8"):
+        warnings.append(note)
     calibration = None
     if calibrated:
-        calibration = plan_calibration(recipe, checkpoint, layers, outputs, prepare)
+        embedding = next(n for n, choice in selection.choices.items() if choice.role == "embedding")
+        calibration = plan_calibration(recipe, checkpoint, layers, outputs, checkpoint.tensors[embedding], prepare)
         warnings += calibration_warnings(recipe, checkpoint, calibration)
     else:
+        if not checkpoint.config.get("architectures"):
+            warnings.append("config.json names no architectures: vLLM does not load the result without them")
         if recipe.runtime.device == "cuda":
             warnings.append("runtime.device: cuda is not used: this path needs no data and the disk sets its pace")
         if recipe.runtime.work_directory is not None:

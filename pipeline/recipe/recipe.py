@@ -21,8 +21,20 @@ from pydantic import (
 )
 
 from pipeline.errors import UsageError
-from pipeline.recipe.sections import Common, ModelOptOptions, NoOptions, Quality, Section
-from pipeline.recipe.yaml_text import Document, Position, compose, dotted, nearest, order, parse_value, read
+from pipeline.recipe import advice
+from pipeline.recipe.paths import escaped
+from pipeline.recipe.sections import PATHS, Common, ModelOptOptions, NoOptions, Quality, Section
+from pipeline.recipe.yaml_text import (
+    Document,
+    Position,
+    compose,
+    dotted,
+    nearest,
+    order,
+    parse_text,
+    parse_value,
+    read,
+)
 
 
 class ModelOptRecipe(Common):
@@ -88,7 +100,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file.
-        overrides: ``KEY=VALUE`` with dotted keys, e.g. ``calibration.samples=64``; they win over the file.
+        overrides: ``KEY=VALUE`` with dotted keys, e.g. ``calibration.samples=64``; they win over the file. The value of
+            a key that holds text, such as ``output``, is taken as it stands; others are read as YAML.
 
     Raises:
         UsageError: with one line for every mistake found.
@@ -138,7 +151,7 @@ def _details(error: ValidationError) -> list[dict[str, Any]]:
 
 def _override(document: Document, override: str) -> None:
     key, equals, value = override.partition("=")
-    place = Position(f"{override!r} on the command line")
+    place = Position(f"{override!r} on the command line", on_command_line=True)
     parts = key.split(".")
     if not equals or not all(parts):
         document.problems.append((place, "an override is KEY=VALUE with a dotted key, e.g. calibration.samples=64"))
@@ -152,7 +165,8 @@ def _override(document: Document, override: str) -> None:
             document.problems.append((place, f"{'.'.join(parts[: depth + 1])} holds a value, it has no keys below it"))
             return
         target = inner
-    target[parts[-1]], wrong = parse_value(value)
+    text = advice.holds_text(_model(document), tuple(parts))
+    target[parts[-1]], wrong = (parse_text if text else parse_value)(value)
     document.problems += [(place, f"{key}: {message}") for message in wrong]
     prefix = tuple(parts)
     for stale in [path for path in document.places if path[: len(prefix)] == prefix]:
@@ -161,6 +175,10 @@ def _override(document: Document, override: str) -> None:
 
 
 # --- explaining -------------------------------------------------------------------------------------
+
+
+def _model(document: Document) -> type[Common]:
+    return _MODELS.get(str(document.data.get("backend")), Common)
 
 
 def _explain(document: Document, file: str, detail: dict[str, Any]) -> tuple[Position, str]:
@@ -187,12 +205,16 @@ def _explain(document: Document, file: str, detail: dict[str, Any]) -> tuple[Pos
             return place, f"{name}: {given!r} is not one of its values; allowed: {choices}{_elsewhere(path, given)}"
         case "value_error":
             return place, f"{name}: {given!r} does not fit; {context['error']}"
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            return place, f"{name}: {given!r} is out of range; {_lower(detail['msg'])}"
         case "string_too_short":
             return place, f"{name}: this is empty; a text is needed"
-        case _:
-            return place, f"{name}: {_shown(given)} does not fit; {_lower(detail['msg'])}"
+    end = advice.instead(kind, _model(document), path, given, place.on_command_line)
+    if kind in ("model_type", "model_attributes_type"):
+        what = f"{_shown(given)} does not fit; it should be a mapping of keys to values"
+    elif kind.startswith(("greater_than", "less_than")):
+        what = f"{given!r} is out of range; {_lower(detail['msg'])}"
+    else:
+        what = f"{_shown(given)} does not fit; {_lower(detail['msg'])}"
+    return place, f"{name}: {what}{f'; {end}' if end else ''}"
 
 
 def _lower(message: str) -> str:
@@ -216,6 +238,10 @@ def _suggest(document: Document, path: tuple[str | int, ...]) -> str:
     fields = sorted(_fields(document, path[:-1]))
     if not fields:
         return f"{document.data.get('backend')} has none; leave it out"
+    if glued := advice.glued(str(path[-1]), fields):
+        return f"a space belongs after the colon: write {glued}"
+    if other := advice.elsewhere(_model(document), path):
+        return f"did you mean {other}?"
     close = difflib.get_close_matches(str(path[-1]), fields, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"
@@ -265,6 +291,10 @@ def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:
             left out: for a text that others read.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
+    for section, key in PATHS:
+        holder = data.get(section, {}) if section else data
+        if key in holder:
+            holder[key] = escaped(holder[key])
     if published_source is not None:
         data["model"]["source"] = published_source
         data["output"] = data["output"].rstrip("/").rpartition("/")[2]

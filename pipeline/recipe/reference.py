@@ -18,8 +18,14 @@ Generated from `pipeline/recipe/sections.py` by `scripts/generate.sh`; a test ho
 A recipe is a YAML file. What the user wants (model, scheme, calibration, gates, serving) stands apart from where and
 how it runs (`runtime`). Unknown keys, values out of range and keys that contradict each other are reported all at once,
 each with `file:line:column`, before anything heavy is imported. On the command line `KEY=VALUE` with a dotted key wins
-over the file: `quantize my.yaml calibration.samples=64`. `quantize schema` prints the same as a JSON Schema, for
+over the file: `quantize my.yaml calibration.samples=64`. Text, such as `output`, is taken there as the shell hands it
+over (`output='/data/run #3'`); other values are read as YAML. `quantize schema` prints the same as a JSON Schema, for
 editors.
+
+Relative paths are taken from the working directory, not from the recipe's. In `model.source`, `output`,
+`calibration.captions`, `runtime.work_directory` and `runtime.vllm_python`, `~` is the home directory, and environment
+variables are expanded: `$SCRATCH/out`, `${SCRATCH}/out`. One that is unset is an error; `$$` is a dollar sign. Sizes
+have a unit: `5GB`, `512MiB`.
 """
 
 

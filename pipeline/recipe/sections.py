@@ -16,16 +16,40 @@ from pydantic import (
     model_serializer,
 )
 
-from pipeline.units import parse_size
+from pipeline.recipe.paths import expanded
+from pipeline.units import parse_size, with_unit
 from pipeline.vllm_env.serve_arguments import argument_name, kept_argument, name_problem, value_problem
 
 MAX_TOKENS = 1 << 40  # of a context; no model comes near it, and no arithmetic fails at it
+
+
+# Keys that hold paths, by section: environment variables in them are expanded.
+PATHS = (
+    ("", "output"),
+    ("model", "source"),
+    ("calibration", "captions"),
+    ("runtime", "work_directory"),
+    ("runtime", "vllm_python"),
+)
 
 
 class Section(BaseModel):
     """Base of every part of a recipe: unknown keys are mistakes, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _sized(value: Any) -> Any:
+    """A size as it was written; raises ValueError where it has no unit."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"a size needs its unit: write {with_unit(value)}")
+    if isinstance(value, str):
+        parse_size(value)
+    return value
+
+
+def _expanded(value: str | None) -> str | None:
+    return expanded(value) if value is not None else None
 
 
 class Model(Section):
@@ -39,6 +63,8 @@ class Model(Section):
     revision: str | None = Field(
         None, description="Branch, tag or commit of a hub id; null: its main branch.", examples=["main"]
     )
+
+    _source = field_validator("source")(_expanded)
 
 
 class Calibration(Section):
@@ -60,10 +86,13 @@ class Calibration(Section):
     )
     template: Literal["raw", "chat"] = Field(
         "raw",
-        description="raw: the caption's tokens alone; chat: the caption as the answer in the model's chat template.",
+        description="raw: the caption's tokens alone; chat: the caption as the answer in the model's chat template. "
+        "Special tokens written in a caption are text in both.",
         examples=["chat"],
     )
     seed: int = Field(0, ge=0, description="Chooses other captions where there are more than samples.", examples=[1])
+
+    _captions = field_validator("captions")(_expanded)
 
     @model_serializer(mode="wrap")
     def _keep_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -143,12 +172,7 @@ class Serve(Section):
         examples=[{"port": 8001, "enable-prefix-caching": True}],
     )
 
-    @field_validator("gpu_memory")
-    @classmethod
-    def _gpu_memory(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
-        return value
+    _gpu_memory = field_validator("gpu_memory", mode="before")(_sized)
 
     @field_validator("gpu_memory_utilization", mode="after")
     @classmethod
@@ -242,12 +266,8 @@ class Runtime(Section):
         examples=["/opt/vllm/bin/python"],
     )
 
-    @field_validator("device_memory")
-    @classmethod
-    def _device_memory(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
-        return value
+    _paths = field_validator("work_directory", "vllm_python")(_expanded)
+    _device_memory = field_validator("device_memory", mode="before")(_sized)
 
 
 class Common(Section):
@@ -286,11 +306,7 @@ class Common(Section):
     serve: Serve = Field(Serve(), description="What the serve config should say.")
     runtime: Runtime = Field(Runtime(), description="Where and how it runs.")
 
-    @field_validator("shard_size")
-    @classmethod
-    def _shard_size(cls, value: str) -> str:
-        parse_size(value)
-        return value
+    _shard_size = field_validator("shard_size", mode="before")(_sized)
 
     @field_validator("ignore")
     @classmethod
@@ -306,6 +322,7 @@ class Common(Section):
     @field_validator("output")
     @classmethod
     def _output(cls, value: str) -> str:
+        value = expanded(value)
         if Path(value).name in ("", ".."):
             raise ValueError("it must name a new directory")
         return value

@@ -32,7 +32,8 @@ def finalize(plan: Plan, journal: Journal, log: EventLog) -> None:
     partial = journal.partial
     sidecars.carry_files(plan.checkpoint, partial)
     write_file(partial / "README.md", model_card(plan, calibration_report.findings(plan, journal)).encode())
-    write_file(partial / PROFILE, profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes).encode())
+    served = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes, plan.source_dtypes)
+    write_file(partial / PROFILE, served.encode())
     write_file(partial / RECIPE, recipe_yaml(plan.recipe).encode())
     write_file(partial / VERSIONS, json_bytes(_versions(plan)))
     write_file(partial / LAYERS, json_bytes(recorded_layers(partial / EVENTS)))

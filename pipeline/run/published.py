@@ -94,7 +94,7 @@ def listed(problems: list[str]) -> str:
 
 
 def _write_profile(plan: Plan, output: Path, console: Console, environment: VllmEnvironment | None) -> None:
-    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
+    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes, plan.source_dtypes)
     path = output / PROFILE
     if path.exists() and attempt(f"reading {path}", path.read_bytes) == text.encode():
         return

@@ -118,7 +118,8 @@ def preflight(plan: Plan, replace: bool = False) -> bool:
     """
     output, partial = places(plan.recipe.output)
     replace = replace or begun_to_replace(partial, plan.identity, output)
-    profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)  # refuses what no stated GPU can hold
+    # refuses what no stated GPU can hold
+    profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes, plan.source_dtypes)
     for place in (output, partial):
         _refuse_overlap(plan, place, "output")
     if plan.recipe.runtime.work_directory is not None:

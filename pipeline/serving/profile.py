@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -166,7 +166,24 @@ def stated_memory(text: str) -> str | None:
     return found[1] if found else None
 
 
-def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, fp8_cache: bool) -> dict[str, Any]:
+def stated_dtype(text: str) -> str | None:
+    """The --dtype that a profile says; None where it leaves it to vLLM, or is no profile."""
+    try:
+        said = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    found = said.get("dtype") if isinstance(said, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def arguments(
+    serve: Serve,
+    config: Mapping[str, Any],
+    name: str,
+    weights: int,
+    fp8_cache: bool,
+    dtypes: Collection[str] = (),
+) -> dict[str, Any]:
     """vLLM's arguments, by name.
 
     Args:
@@ -175,6 +192,7 @@ def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, 
         name: served under, where the recipe gives none.
         weights: bytes of the result.
         fp8_cache: whether the checkpoint holds KV scales.
+        dtypes: of the source's tensors, in safetensors' words: vLLM goes by them where the config gives no dtype.
 
     Raises:
         UsageError: the stated GPU cannot hold it, or vLLM cannot run this model so: its heads on so many GPUs, its
@@ -198,24 +216,25 @@ def arguments(serve: Serve, config: Mapping[str, Any], name: str, weights: int, 
         made["limit-mm-per-prompt"] = limits
     if scaled is not None:
         made["hf-overrides"] = scaled
-    if _other_dtypes(config):
+    if _other_dtypes(config, dtypes):
         made["dtype"] = "bfloat16"
     return made | serve.extra
 
 
-def write(recipe: Recipe, config: Mapping[str, Any], weights: int) -> str:
+def write(recipe: Recipe, config: Mapping[str, Any], weights: int, dtypes: Collection[str] = ()) -> str:
     """The profile as YAML, with the launch line and the memory it counts on as comments.
 
     Args:
         recipe: validated.
         config: the checkpoint's config.
         weights: bytes of the result.
+        dtypes: see `arguments`.
 
     Raises:
         UsageError: see `arguments`.
     """
     serve, fp8_cache, name = recipe.serve, recipe.kv_cache == "fp8", Path(recipe.output).name
-    made = arguments(serve, config, name, weights, fp8_cache)
+    made = arguments(serve, config, name, weights, fp8_cache, dtypes)
     place = f"./{name}" if name.startswith("-") else name
     if why := name_problem(place):  # a served name of its own does not mend the directory's
         raise UsageError(f"output: {name!r} cannot stand in the profile's launch line: {why}")
@@ -223,9 +242,10 @@ def write(recipe: Recipe, config: Mapping[str, Any], weights: int) -> str:
     lines += _memory(serve, fit(serve, config, weights, fp8_cache), made["max-model-len"], fp8_cache)
     if serve.rope_scaling is None and _positions(_language(config)) is None:
         lines.append("# Nothing says how many positions the model has: max-model-len could not be held against them.")
-    if "dtype" not in serve.extra and (other := _other_dtypes(config)):
+    if "dtype" not in serve.extra and (other := _other_dtypes(config, dtypes)):
+        says = "config says" if _said_dtypes(config) else "config says nothing, and vLLM would go by the weights:"
         lines.append(
-            f"# dtype: the config says {' and '.join(other)}, but the scales were measured and are written in BF16; "
+            f"# dtype: the {says} {' and '.join(other)}, but the scales were measured and are written in BF16; "
             "a server in another type warns of each."
         )
     return "\n".join([*lines, ""]) + yaml.safe_dump(made, sort_keys=False)
@@ -384,13 +404,27 @@ def _wanted(serve: Serve, text: Mapping[str, Any]) -> int:
     return serve.max_model_len or (limit if serve.rope_scaling is not None and limit else min(limit or UNSAID, LONGEST))
 
 
-def _other_dtypes(config: Mapping[str, Any]) -> list[str]:
-    """The types but BF16 that a config gives, on top or in the language model's part."""
-    parts = (config, text_config(config))
-    said = {
-        str(part[key]).removeprefix("torch.") for part in parts for key in ("dtype", "torch_dtype") if part.get(key)
-    }
-    return sorted(said - {"bfloat16"})
+def _other_dtypes(config: Mapping[str, Any], dtypes: Collection[str] = ()) -> list[str]:
+    """The types but BF16 that a config gives, on top or in the language model's part.
+
+    Where it gives none, vLLM 0.32 goes by the weights: those in F16, and in F32 where none is in BF16, would be it.
+    """
+    if said := _said_dtypes(config):
+        return sorted(said - {"bfloat16"})
+    if "F16" in dtypes:
+        return ["float16"]
+    return ["float32"] if "F32" in dtypes and "BF16" not in dtypes else []
+
+
+def _said_dtypes(config: Mapping[str, Any]) -> set[str]:
+    """The types that a config gives; those of other parts where neither it nor the language model's part gives one."""
+
+    def said(*parts: Any) -> set[str]:
+        keys = ("dtype", "torch_dtype")
+        values = [part[key] for part in parts if isinstance(part, dict) for key in keys if part.get(key)]
+        return {str(value).removeprefix("torch.") for value in values}
+
+    return said(config, text_config(config)) or said(config.get("vision_config"), config.get("encoder_config"))
 
 
 def _limits(serve: Serve, config: Mapping[str, Any]) -> dict[str, int]:

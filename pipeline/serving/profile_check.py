@@ -56,7 +56,7 @@ def profile_in_time(
     if environment is None or plan.read_nbytes < EARLY:
         yield
         return
-    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes)
+    text = profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes, plan.source_dtypes)
     running, one = ExitStack(), threading.Lock()
 
     def end() -> None:

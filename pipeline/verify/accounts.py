@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.checkpoint.source import FLOAT_DTYPES, Checkpoint, Tensor
 from pipeline.formats.base import Format
-from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, PACKED
+from pipeline.formats.methods import ANY_SCALE, CACHE_SCALE, PACKED, is_cache_scale
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import expected_modules, select
 from pipeline.verify.distance import OF_A_MODULE
@@ -35,6 +35,8 @@ def check_accounts(
         return any(name in ignore for name in names) or not targeted(module, section or {})
 
     for name, tensor in source.tensors.items():
+        if is_cache_scale(tensor):  # those of the result have their own check; left over in a source they are dropped
+            continue
         role = selection.choices[name].role
         found, owner = result.tensors.get(name), name.removesuffix(".weight")
         alike = found if found is not None and found.shape == tensor.shape else None

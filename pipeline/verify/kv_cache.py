@@ -177,6 +177,10 @@ def _is_scale_of(value: float, amax: float) -> bool:
 def _check_dtypes(result: Checkpoint, found: dict[tuple[str, str], Tensor], report: Report) -> None:
     """Cache scales are in the dtype that vLLM runs the model in."""
     said = dtype_said(result.config)
+    if said is None and report.produced_here and any(tensor.dtype == "F16" for tensor in result.tensors.values()):
+        text = "config.json says no dtype, and vLLM would go by the weights, some of which are F16"
+        remedy = "serve it with --dtype bfloat16, as quantize/serve.yaml does"
+        report.add("dtype-not-bfloat16", "config.json", text, remedy)
     if said not in (None, "bfloat16"):
         remedy = "serve it with --dtype bfloat16, as quantize/serve.yaml does"
         report.add("dtype-not-bfloat16", "config.json", f"config.json says {said}", remedy)

@@ -22,7 +22,7 @@ from pipeline.machine.gpus import free_gpu_memory
 from pipeline.machine.memory import available_memory
 from pipeline.machine.system import default_threads
 from pipeline.serving.cache_need import cache_need
-from pipeline.serving.profile import cache_bytes_per_token
+from pipeline.serving.profile import cache_bytes_per_token, stated_dtype
 from pipeline.verify.report import Report
 from pipeline.verify.structure import check_structure, read_back
 from pipeline.verify.vllm_verdict import NO_KERNEL, judge_generation, judge_load
@@ -300,8 +300,12 @@ def _cache_kinds(result: Checkpoint) -> list[str]:
 
 
 def _dtype(result: Checkpoint) -> str:
-    """What a server is told: results of this tool run in BF16, as calibrated, whatever their source's dtype is."""
-    return "bfloat16" if read_identity(result.root) is not None else "auto"
+    """What a server is told: by the serve config; without its word results of this tool run in BF16, as calibrated."""
+    if read_identity(result.root) is None:
+        return "auto"
+    profile = result.root / PROFILE
+    said = stated_dtype(profile.read_text(encoding="utf-8", errors="replace")) if profile.is_file() else None
+    return said or "bfloat16"
 
 
 def _load_job(checkpoint: Checkpoint, kv: str, dtype: str = "auto") -> dict[str, Any]:

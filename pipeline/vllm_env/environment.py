@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, seen_from
 
 VARIABLE = "PIPELINE_VLLM_PYTHON"
 HOW_TO_GET = (
@@ -82,7 +82,8 @@ def find(asked: str | None = None, key: str = "runtime.vllm_python") -> VllmEnvi
         if named:
             python = _python(named)
             if python is None:
-                raise UsageError(f"{said_in}: {named} is no Python that can be run", remedy=HOW_TO_GET)
+                where = seen_from(Path(named).expanduser()) if os.sep in named else ""
+                raise UsageError(f"{said_in}: {named} is no Python that can be run{where}", remedy=HOW_TO_GET)
             found = _ask(python)
             if isinstance(found, str):
                 raise UsageError(f"{said_in}: {named} {found}", remedy=HOW_TO_GET)
