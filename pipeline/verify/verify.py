@@ -311,6 +311,9 @@ def _judge_profile(
     if record["error"]:
         text = f"{PROFILE}: not held against {environment.name}: {record['error']}"
         report.add("serve-config-not-checked", PROFILE, text)
+    elif record["problem"] and unjudged({**record, "error": record["problem"]}) is not None:  # nothing of the profile's
+        text = f"{PROFILE}: not held against {environment.name}, which cannot judge the checkpoint"
+        report.add("serve-config-not-checked", PROFILE, text)
     elif record["problem"]:
         report.add("serve-config-refused", PROFILE, f"{PROFILE}: {environment.name} refuses it: {record['problem']}")
     else:
