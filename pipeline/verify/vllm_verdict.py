@@ -1,8 +1,9 @@
 """What vLLM's load check and its engine's answers mean, in plain words.
 
 vLLM is silent about most mistakes: what no tensor fills runs as memory left it, what no pattern ignores is cast to
-FP8, and a cache without scales runs at 1.0. A finding is judged against the same record of the BF16 source, so that
-vLLM's own habits do not count.
+FP8, and a cache without scales runs at 1.0. The same record of the BF16 source tells whose mistake it is, and does not
+excuse it: a source that lacks its head makes a result that lacks its head. What is vLLM's own habit has codes of its
+own (vllm-tensor-needless, vllm-warning) or stands in `HABITS`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +21,20 @@ from pipeline.formats.methods import promised_cache
 from pipeline.journal import read_identity
 from pipeline.model.selection import select
 from pipeline.verify.report import Finding, Report
+from pipeline.verify.unjudged import NOT_VALIDATED, unjudged
 
 ABOUT_SCALES = re.compile(r"scal(e|ing)|dtype|calibrat", re.IGNORECASE)
 ROUNDING = 2.0**-8  # of a scale that becomes BF16
-NO_KERNEL = re.compile(
-    r"Failed to find a kernel|Unknown quantization method|not supported on (the )?(current|CPU)", re.I
-)
+# Parameters that vLLM's class for an architecture fills past the loaders that the load check watches
+HABITS = {"GptOssForCausalLM": re.compile(r"\.sinks$|\.experts\.")}
 REPAIR = (
     "fix its environment and run the same command again, or choose verify: structure, which proves nothing about "
     "serving"
 )
 MAX_RATIO = 1.1  # of perplexities in one engine; 8 bits cost a percent, a wrong scale much more
 MAX_DROP = 1.0  # nats a token, over the source's own greedy answer
+GUESSING = 0.999  # of the vocabulary's size: the perplexity of equal probabilities, but for rounding
+MEND = "mend the source, and convert it again"
 
 
 def judge_load(
@@ -40,6 +43,7 @@ def judge_load(
     baseline: dict[str, Any] | None,
     report: Report,
     clean: bool = True,
+    lacking: Callable[[], list[str] | None] = lambda: None,
 ) -> bool:
     """Judge what the load check saw.
 
@@ -49,6 +53,7 @@ def judge_load(
         baseline: the same of the source; None where there is none.
         report: findings go here.
         clean: no earlier check found a problem.
+        lacking: asks transformers' class what the source lacks, where vLLM refuses both; see `completeness.by_class`.
 
     Returns:
         Whether vLLM loaded it, so that something is validated if no problem was found.
@@ -59,12 +64,10 @@ def judge_load(
             continue
         if load.get("lost"):
             report.add("vllm-not-run", "", f"vLLM could not be run: {load['error']}", REPAIR)
+        elif (cannot := unjudged(load, baseline)) is not None:
+            report.take(cannot)
         elif baseline is not None and baseline["error"] and not baseline.get("lost"):  # vLLM's own word on it
-            text = f"not validated: this vLLM does not load the source either: {baseline['error']}"
-            report.add("vllm-cannot-load-source", "", text)
-        elif load.get("platform") == "cpu" and NO_KERNEL.search(load["error"]):
-            text = f"not validated: this build of vLLM, for CPUs, has no kernel for it: {load['error']}"
-            report.add("vllm-no-kernel", "", text)
+            _add_refused_alike(load, baseline, lacking, report)
         elif kv != "auto" and promised is None:
             text = f"vLLM does not start with --kv-cache-dtype {kv}: {load['error']}"
             report.add("vllm-cannot-start", f"--kv-cache-dtype {kv}", text)
@@ -98,6 +101,28 @@ def judge_load(
         report.add("attention-not-judged", "", text)
     _add_loaded(sound, clean and "fp8" in sound and bool(attention), report)
     return True
+
+
+def _add_refused_alike(
+    load: Mapping[str, Any], baseline: Mapping[str, Any], lacking: Callable[[], list[str] | None], report: Report
+) -> None:
+    """vLLM refuses source and result: the source is the cause, unless it is whole, and only not as vLLM's class has it.
+
+    LLaVA and Gemma 3 as transformers 5 saves them are such: transformers loads them, vLLM finds no place for a tensor.
+    """
+    raised = load.get("raised") or {"phase": "", "frames": []}
+    class_ = any(frame.startswith("vllm.model_executor.models.") for frame in raised["frames"])
+    lost = lacking() if class_ or raised["phase"] == "weights" else None  # not the config, nor a processor
+    if lost == []:
+        text = (
+            f"{NOT_VALIDATED}: this vLLM does not load the source either, which is whole by "
+            f"transformers' own class: {baseline['error']}"
+        )
+        report.add("vllm-cannot-load-source", "", text)
+        return
+    why = f" ({lost[0]})" if lost else ""
+    text = f"vLLM cannot load it, and refuses the source alike, which is the cause{why}: {baseline['error']}"
+    report.add("vllm-refuses-source", "", text, MEND)
 
 
 def _add_loaded(loads: Mapping[str, dict[str, Any]], scaled: bool, report: Report) -> None:
@@ -163,39 +188,51 @@ def _names(result: Checkpoint, load: dict[str, Any], before: dict[str, Any] | No
             "config does not say that they are quantized",
         )
     told = {_module(entry["parameter"]) for entry in load["crossed"]}
-    usual = set(before["unfilled"]) if before else set()
-    unfilled = [name for name in load["unfilled"] if name not in usual and _module(name) not in told]
-    if unfilled:
-        yield Finding(
-            "vllm-parameter-unfilled",
-            unfilled[0],
-            f"{unfilled[0]}: nothing in the checkpoint fills this parameter of vLLM's, {_in_all(unfilled)}; it would "
-            "run with what memory held",
-        )
-    usual_parts = before["partly"] if before else {}
-    partly = {name: part for name, part in load["partly"].items() if usual_parts.get(name) != part}
-    partly = {name: part for name, part in partly.items() if _module(name) not in told}
-    if partly:
-        name, (filled, size) = next(iter(partly.items()))
-        text = f"{name}: the checkpoint fills {filled:,} of {size:,} values, {_in_all(partly)}"
-        yield Finding("vllm-parameter-partly-filled", name, text)
-    usual_twice = set(before["twice"]) if before else set()
-    twice = {name: tensors for name, tensors in load["twice"].items() if name not in usual_twice}
-    if twice:
-        name, tensors = next(iter(twice.items()))
-        text = f"{name}: {' and '.join(tensors[:2])} both fill this parameter of vLLM's, {_in_all(twice)}"
-        yield Finding("vllm-parameter-filled-twice", name, text)
-    lost = [name for name in load["unconsumed"] if before is None or name not in before["unconsumed"]]
-    lost = [name for name in lost if _module(name) not in {_module(entry["tensor"]) for entry in load["crossed"]}]
-    if before is None:
-        needless = _needless(result, lost)
+    habits = [HABITS[name] for name in result.config.get("architectures") or [] if name in HABITS]
+    seen = before or {"unfilled": [], "partly": {}, "twice": {}, "unconsumed": []}
+    for cause in (None, before) if before else (None,):
+
+        def asked(name: str, alike: bool, cause: dict[str, Any] | None = cause) -> bool:
+            habit = alike and any(pattern.search(name) for pattern in habits)
+            return alike == (cause is not None) and not habit and _module(name) not in told
+
+        unfilled = [name for name in load["unfilled"] if asked(name, name in seen["unfilled"])]
+        if unfilled:
+            text = (
+                f"{unfilled[0]}: nothing in the checkpoint fills this parameter of vLLM's, {_in_all(unfilled)}; it "
+                "would run with what memory held"
+            )
+            yield _caused(Finding("vllm-parameter-unfilled", unfilled[0], text), cause)
+        partly = {name: part for name, part in load["partly"].items() if asked(name, seen["partly"].get(name) == part)}
+        if partly:
+            name, (filled, size) = next(iter(partly.items()))
+            text = f"{name}: the checkpoint fills {filled:,} of {size:,} values, {_in_all(partly)}"
+            yield _caused(Finding("vllm-parameter-partly-filled", name, text), cause)
+        twice = {name: tensors for name, tensors in load["twice"].items() if asked(name, name in seen["twice"])}
+        if twice:
+            name, tensors = next(iter(twice.items()))
+            text = f"{name}: {' and '.join(tensors[:2])} both fill this parameter of vLLM's, {_in_all(twice)}"
+            yield _caused(Finding("vllm-parameter-filled-twice", name, text), cause)
+        crossed = {_module(entry["tensor"]) for entry in load["crossed"]}
+        unused = [name for name in load["unconsumed"] if (name in seen["unconsumed"]) == (cause is not None)]
+        unused = [name for name in unused if _module(name) not in crossed]
+        # what it leaves of both is its habit: Gemma 4's layers that share keys and values, LLaVA's last vision layers
+        needless = unused if cause is not None else _needless(result, unused) if before is None else []
         if needless:
-            text = f"{needless[0]}: vLLM never takes it up, {_in_all(needless)} that no linear layer needs"
+            what = "that no linear layer needs" if cause is None else "as in the source"
+            text = f"{needless[0]}: vLLM never takes it up, {_in_all(needless)} {what}"
             yield Finding("vllm-tensor-needless", needless[0], text)
-        lost = [name for name in lost if name not in needless]
-    if lost:
-        text = f"{lost[0]}: vLLM never takes this tensor up, {_in_all(lost)}"
-        yield Finding("vllm-tensor-unused", lost[0], text)
+        unused = [name for name in unused if name not in needless]
+        if unused:
+            text = f"{unused[0]}: vLLM never takes this tensor up, {_in_all(unused)}"
+            yield Finding("vllm-tensor-unused", unused[0], text)
+
+
+def _caused(finding: Finding, source: dict[str, Any] | None) -> Finding:
+    """A finding, with its cause where the source's record shows the same."""
+    if source is None:
+        return finding
+    return replace(finding, text=f"{finding.text}; the source shows the same and is the cause", remedy=MEND)
 
 
 def _needless(result: Checkpoint, names: Sequence[str]) -> list[str]:
@@ -294,6 +331,13 @@ def judge_generation(
     """
     figures: dict[str, Any] = {}
     base = before["nll"] / before["counted"]
+    tokens = before.get("vocabulary")
+    if tokens and _exp(base) >= GUESSING * tokens:
+        text = (
+            f"the source's own perplexity is {_exp(base):.2f}, of {tokens} tokens: it is no better than guessing, and "
+            "its answers show nothing"
+        )
+        report.add("source-only-guesses", "", text, MEND)
     for kv, run in runs.items():
         ratio = _exp(run["nll"] / run["counted"] - base)
         drops, same, total = [], 0, 0

@@ -108,7 +108,7 @@ def _start(job: dict[str, Any]) -> int:
     except BaseException as error:
         traceback.print_exc()
         lost = job["kind"] in ("load", "arguments")  # which catch what vLLM itself says
-        _write(job["out"], {"error": _sentence(error), "lost": lost})
+        _write(job["out"], {"error": _sentence(error), "lost": lost, **_facts(job, error)})
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -131,6 +131,15 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from pipeline.vllm_env.jobs import arguments
 
     return arguments.check(job)
+
+
+def _facts(job: dict[str, Any], error: BaseException) -> dict[str, Any]:
+    """Where an engine's exception comes from, and what vLLM's registries know of the checkpoint."""
+    if job["kind"] != "generate":
+        return {}
+    from pipeline.vllm_env.jobs import origin
+
+    return {"raised": origin.of(error, "engine"), **origin.registered(Path(job["checkpoint"]))}
 
 
 def _sentence(error: BaseException) -> str:

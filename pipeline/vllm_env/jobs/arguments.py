@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.vllm_env.jobs import origin
 from pipeline.vllm_env.jobs.cache import need
 from pipeline.vllm_env.jobs.load import sentence
 
@@ -26,7 +27,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         ``problem``: what vLLM's parser says of it, or what it would leave out in silence, or null; ``parsed``: what it
         reads, or null where it refuses: ``kv_cache_dtype``, ``max_model_len`` (tokens), ``gpu_memory_utilization`` and
         ``tensor_parallel_size``; ``cache``: what one sequence takes, see `cache.need`, or null where this vLLM does not
-        tell; ``cache_error``: why not; ``vllm``: the version.
+        tell; ``cache_error``: why not; ``vllm``: the version. What
+        vLLM raised over the config has ``raised``, ``architectures`` and ``quant_method``, as `load.check` gives them.
     """
     import vllm
     from vllm.engine.arg_utils import EngineArgs
@@ -58,6 +60,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "validation error" not in line]
         result["problem"] = lines[0].partition(" [type=")[0] if lines else type(error).__name__
+        result |= {"raised": origin.of(error, "model"), **origin.registered(Path(job["checkpoint"]))}
     if result["problem"] is None:
         try:
             result["cache"] = need(EngineArgs.from_cli_args(parsed))

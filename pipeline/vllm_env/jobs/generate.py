@@ -28,8 +28,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``completions``: of each prompt the token ids, their log-probabilities and the text. ``scored``: of each given
         completion the log-probabilities. ``nll`` and ``counted``: the sum over all tokens of ``texts`` (with the
-        tokenizer's end of text) but the first of each, in nats, and their number. ``attention`` and ``warnings`` as
-        `load.check` gives them.
+        tokenizer's end of text) but the first of each, in nats, and their number; ``vocabulary``: the tokens that each
+        is chosen of. ``attention`` and ``warnings`` as `load.check` gives them.
     """
     import torch._dynamo
     import vllm
@@ -93,6 +93,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "scored": scored,
         "nll": nll,
         "counted": counted,
+        "vocabulary": engine.llm_engine.model_config.get_vocab_size(),
         "attention": engine.apply_model(_attention)[0],
         "warnings": seen.lines,
         "seconds": {

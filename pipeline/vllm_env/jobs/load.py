@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.checkpoint.source import INDEX, Tensor, parse_index, read_header
 SMALL = 4096  # values; scales are
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale")
 ZERO_POINTS = ("k_zero_point", "v_zero_point", "q_zero_point")  # compressed-tensors' own; symmetric schemes have none
-SCALE_ENDS = tuple(f".{name}" for name in (*CACHE_SCALES, "kv_scale", "output_scale"))
+SCALE_ENDS = tuple(f".{name}" for name in (*CACHE_SCALES, "kv_scale"))
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 
@@ -58,12 +58,14 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         parameters, ``twice`` (parameters that more was loaded into than they hold, with the tensors), ``crossed`` (FP8
         codes in a plain parameter or the reverse, with dtypes), ``linears`` (module to quantization method),
         ``attention`` (of each layer: dtype of its cache, the scales it will use and the tensors they came from),
-        ``warnings``, versions, seconds and memory.
+        ``cache_names`` (tensors that vLLM's own mapping takes for cache scales, with the names that it gives them),
+        ``warnings``, versions, seconds and memory; ``raised`` (see `origin.of`) beside an error, and what vLLM knows of
+        the config: ``architectures`` and ``quant_method``, see `origin.registered`.
     """
     import vllm
     from vllm.platforms import current_platform
 
-    from pipeline.vllm_env.jobs import cpu
+    from pipeline.vllm_env.jobs import cpu, origin
 
     begin = time.monotonic()
     cpu.fill_in()
@@ -79,7 +81,9 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     try:
         result |= _load(job, tensors, seen)
     except Exception as error:  # vLLM raises what it likes; what it says is the finding
-        result["error"] = sentence(error)
+        result |= {"error": sentence(error), "raised": origin.of(error, "model")}
+    if result["error"]:
+        result |= origin.registered(Path(job["checkpoint"]))
     result["warnings"] = seen.lines
     result["seconds"] = {"imports": job["imports"], "check": time.monotonic() - begin}
     result["rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -90,6 +94,8 @@ def _load(job: dict[str, Any], tensors: dict[str, tuple[Path, Tensor]], seen: Wa
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
+
+    from pipeline.vllm_env.jobs import origin
 
     config = EngineArgs(
         model=job["checkpoint"],
@@ -108,19 +114,24 @@ def _load(job: dict[str, Any], tensors: dict[str, tuple[Path, Tensor]], seen: Wa
             model = initialize(config)
         attention = _attention_layers(model)
         _real_cache_scales(attention, config.model_config.dtype)
+        names = _cache_names(config.quant_config, tensors)
         record = _Record(model)
-        error = None
+        error, raised = None, None
         try:
-            model.load_weights(record.feed(tensors))
+            model.load_weights(record.feed(tensors, names))
         except Exception as found:
             error = sentence(found) + (f" (at {record.current})" if record.current else "")
+            raised = origin.of(found, "weights")
         sources = {
             name: {scale: record.sources.get(f"{name}.{scale}", [None])[0] for scale in CACHE_SCALES}
             for name, _ in attention
         }
-        after = None if error else _finish(attention)
+        if error is None and (after := _finish(attention)) is not None:
+            error, raised = sentence(after), origin.of(after, "weights")
         return {
-            "error": error or after,
+            "error": error,
+            **({"raised": raised} if raised else {}),
+            "cache_names": names,
             "kv_cache_dtype": config.cache_config.cache_dtype,
             "quantization": config.model_config.quantization,
             **record.findings(tensors),
@@ -163,12 +174,18 @@ class _Record:
             self.filled[name] += weight.numel()
             self.hits[self.current].append(name)
             self.sources[name].append(self.current)
+            if weight.is_meta and not self.parameters[name].is_meta:  # some classes name a device (Qwen3.5's norms)
+                weight = weight.new_zeros(weight.shape, device=self.parameters[name].device)
+                if "loaded_weight" in named:
+                    named["loaded_weight"] = weight
+                else:
+                    args = (args[0], weight, *args[2:])
             return loader(*args, **named)
 
         return load
 
-    def feed(self, tensors: dict[str, tuple[Path, Tensor]]) -> Iterator[tuple[str, Any]]:
-        """What vLLM's loader iterates over: large tensors as shapes, small ones as they are."""
+    def feed(self, tensors: dict[str, tuple[Path, Tensor]], scales: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+        """What vLLM's loader iterates over: tensors as shapes, `scales` of the cache as they are."""
         import torch
 
         for name, (path, tensor) in tensors.items():
@@ -180,7 +197,7 @@ class _Record:
                 yield name, torch.empty(tensor.shape, dtype=_dtype(tensor.dtype), device="meta")
                 continue
             value = _read(path, tensor)
-            yield name, value if name.endswith(SCALE_ENDS) else value.to("meta")
+            yield name, value if name in scales or name.endswith(SCALE_ENDS) else value.to("meta")
         self.current = ""
 
     def findings(self, tensors: dict[str, tuple[Path, Tensor]]) -> dict[str, Any]:
@@ -316,14 +333,40 @@ def _real_cache_scales(attention: list[tuple[str, Any]], dtype: Any) -> None:
                 layer.quant_method.create_weights(layer)
 
 
-def _finish(attention: list[tuple[str, Any]]) -> str | None:
-    """What vLLM does to the cache scales after loading."""
+def _cache_names(quantization: Any, names: Iterable[str]) -> dict[str, str]:
+    """Those of `names` that vLLM takes for scales of a KV cache, with the names that its own mapping gives them."""
+    method = getattr(quantization, "get_cache_scale_mapper", None)  # AutoFP8's and Quark's names are their methods'
+    if method is not None:
+        translate = method().map_name
+    else:
+        from vllm.model_executor.model_loader.weight_utils import maybe_remap_kv_scale_name
+
+        before = getattr(quantization, "get_cache_scale", None)  # before 0.32
+
+        def translate(name: str) -> str | None:
+            found: str | None = (before(name) if before else None) or maybe_remap_kv_scale_name(name, _AnyAttention())
+            return found
+
+    found = {name: translate(name) for name in names if "scale" in name.rpartition(".")[2]}
+    ends = tuple(f"attn.{scale}" for scale in CACHE_SCALES)
+    return {name: new for name, new in found.items() if new is not None and new.endswith(ends)}
+
+
+class _AnyAttention(dict[str, Any]):
+    """Stands for a model's parameters, with those of an attention layer wherever a name may lead."""
+
+    def __contains__(self, name: object) -> bool:
+        return ".attn." in str(name)
+
+
+def _finish(attention: list[tuple[str, Any]]) -> Exception | None:
+    """What vLLM does to the cache scales after loading; what it raises, or None."""
     try:
         for _, layer in attention:
             if getattr(layer, "quant_method", None) is not None and hasattr(layer, "k_scale"):
                 layer.quant_method.process_weights_after_loading(layer)
     except Exception as error:
-        return sentence(error)
+        return error
     return None
 
 
