@@ -16,6 +16,7 @@ from pipeline.plan.plan import Plan
 from pipeline.report.outcome import Outcome
 from pipeline.run.gates import Candidate, pass_gates
 from pipeline.serving import profile
+from pipeline.serving.command import serve_command
 from pipeline.serving.profile_check import hold_against
 from pipeline.stream.totals import Totals
 from pipeline.verify.report import LEVELS, Report
@@ -48,7 +49,7 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
     _refuse_failed(plan, output, before, environment)
     _write_profile(plan, output, console, environment)
     report = _verify_further(plan, output, console, before, environment)
-    serve = profile.serve_command(output, environment)
+    serve = serve_command(output, environment)
     return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report, serve=serve)
 
 

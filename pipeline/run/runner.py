@@ -33,6 +33,7 @@ from pipeline.run.finalize import finalize, record_verdict
 from pipeline.run.gates import Candidate, pass_gates
 from pipeline.run.published import listed, published
 from pipeline.serving import profile
+from pipeline.serving.command import serve_command
 from pipeline.serving.profile_check import profile_in_time
 from pipeline.stream.data_free import run_stream, take_back_lost_units
 from pipeline.stream.hidden import Scratch
@@ -98,7 +99,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             journal.close()
     return Outcome(
         output, False, recorded_layers(output / EVENTS), totals, report, findings, time.monotonic() - begin,
-        (plan.checkpoint.nbytes, plan.output_nbytes), profile.serve_command(output, environment),
+        (plan.checkpoint.nbytes, plan.output_nbytes), serve_command(output, environment),
     )  # fmt: skip
 
 

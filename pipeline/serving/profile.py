@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from bisect import bisect_right
@@ -31,7 +30,6 @@ from pipeline.vllm_env.serve_arguments import name_problem
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
-    from pipeline.vllm_env.environment import VllmEnvironment
 
 LONGEST = 32768  # tokens of context that a profile asks for by itself; more costs memory that few requests use
 UNSAID = 2048  # tokens of context that vLLM takes where nothing says how many positions a model has
@@ -249,20 +247,6 @@ def write(recipe: Recipe, config: Mapping[str, Any], weights: int, dtypes: Colle
             "a server in another type warns of each."
         )
     return "\n".join([*lines, ""]) + yaml.safe_dump(made, sort_keys=False)
-
-
-def serve_command(output: Path, environment: VllmEnvironment | None) -> tuple[str, ...]:
-    """The command that serves a result, word by word.
-
-    Args:
-        output: the published directory.
-        environment: vLLM's, whose command is named by its path where no ``vllm`` is on the PATH; None: there is none.
-    """
-    command = "vllm"
-    if environment is not None and shutil.which(command) is None:
-        beside = environment.python.with_name(command)
-        command = str(beside) if beside.exists() else command
-    return command, "serve", str(output), "--config", str(output / PROFILE)
 
 
 def _memory(serve: Serve, found: Fit, length: int, fp8_cache: bool) -> list[str]:
