@@ -77,6 +77,6 @@ cat <<'LINES'
 export PATH="$PWD/.venv/bin:$PWD/.venv-vllm/bin:$PATH"
 MODEL=out/demo-model   # a directory, or an id on the hub
 quantize recipes qwen3_vl_8b-fp8_dynamic -o my.yaml
-quantize my.yaml model.source=$MODEL output=out/mine
+quantize my.yaml "model.source=$MODEL" output=out/mine
 vllm serve out/mine --config out/mine/quantize/serve.yaml
 LINES
