@@ -103,10 +103,12 @@ def test_the_run_on_a_cluster(
         assert not batch_runs.job_processes(run.root)
     batch_runs.check(run)
     killed = run.jobs()["killed"]
-    assert len(lost) == 1 and any("was lost at" in note and "taken up at" in note for note in killed["notes"])
+    # Ray takes it up elsewhere, or, where the other worker is busy for long, the batch starts it once more
+    assert len(lost) == 1 and any("was lost" in note for note in killed["notes"]), killed["notes"]
     first, *_, last = run.runs("killed")
     assert first["done"] == 0 and last["done"] >= 1, "what was finished was done again"
-    addresses = {node for node in ("127.0.0.3", "127.0.0.4") if any(node in note for note in killed["notes"])}
+    told = [*killed["notes"], *(attempt["node"] or "" for attempt in killed["attempts"])]
+    addresses = {node for node in ("127.0.0.3", "127.0.0.4") if any(node in text for text in told)}
     assert len(addresses) == 2, "it went on at the other worker"
     for name in BEST:
         assert run.result(name) == local.result(name), f"{name} differs"

@@ -120,5 +120,6 @@ def test_the_lines_that_the_demo_ends_with(demo_model: Path, tmp_path: Path) -> 
     )
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "serve it: vllm serve out/mine --config out/mine/quantize/serve.yaml" in done.stdout
-    assert (tmp_path / "out/mine/quantize/serve.yaml").exists()
+    made = tmp_path / "out/mine"
+    assert f"serve it: vllm serve {made} --config {made}/quantize/serve.yaml" in done.stdout
+    assert (made / "quantize/serve.yaml").exists()
