@@ -146,3 +146,20 @@ def test_on_the_command_line(old: Path, tmp_path: Path) -> None:
     assert units_before(tmp_path / "out") == [0, finished]
     done = CliRunner().invoke(main, [str(old), OTHER, "--smoke", "--restart"])
     assert done.exit_code == 2 and "--restart: it belongs to a whole run" in done.stderr
+
+
+def test_a_batch_replaces_what_other_recipes_made(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+    """Its advice works when it is followed, and what it has replaced stays."""
+    recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
+    assert quantize(recipe).returncode == 0
+    batch = ("batch", recipe, OTHER, "--directory", tmp_path / "batch")
+    refused = quantize(*batch)
+    assert refused.returncode == 1 and "replace it with --fresh" in refused.stdout
+    assert all_tensors(tmp_path / "out")[DOWN][0] == "F8_E4M3"
+    done = quantize(*batch, "--fresh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all_tensors(tmp_path / "out")[DOWN][0] == "BF16"
+    written = (tmp_path / "out/config.json").stat().st_mtime_ns
+    again = quantize(*batch, "--fresh")
+    assert again.returncode == 0 and "1 published already" in again.stdout, again.stdout
+    assert (tmp_path / "out/config.json").stat().st_mtime_ns == written
