@@ -218,13 +218,13 @@ def _convert(recipe: Recipe, request: JobRequest, notes: list[str]) -> tuple[Pat
             if not error.begun and error.fields <= machine:
                 notes.append(f"it was published with {_names(error.fields)} of another node")
                 return places(recipe.output)[0], None
-            if not fresh and request.fresh:
-                fresh = True
-                continue
-            if fresh or not error.begun or not error.fields <= machine | set(request.restarts):
+            # work with other batches, or of a processor that rounds otherwise, cannot be resumed here
+            discards = error.begun and error.fields <= machine | set(request.restarts)
+            if fresh or not (request.fresh or discards):
                 raise
-            fresh = True  # work with other batches, or of a processor that rounds otherwise, cannot be resumed here
-            notes.append(f"started over: what was begun differs in {_names(error.fields)}")
+            fresh = True
+            if error.begun:
+                notes.append(f"started over: what was begun differs in {_names(error.fields)}")
         else:
             console.show_outcome(outcome)
             return outcome.output, None if outcome.already else outcome.report
