@@ -186,6 +186,17 @@ def weight_files(directory: Path) -> dict[str, bytes]:
     return files
 
 
+def put_value(source: Path, tensor: str, bits: int) -> None:
+    """Overwrite the first 16-bit value of a tensor of a checkpoint."""
+    for path in source.glob("*.safetensors"):
+        header, data = read_shard(path)
+        if tensor in header:
+            begin = header[tensor]["data_offsets"][0]
+            write_shard(path, header, data[:begin] + struct.pack("<H", bits) + data[begin + 2 :])
+            return
+    raise AssertionError(tensor)
+
+
 def make_plain_checkpoint(
     directory: Path,
     layers: int = 2,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.source import SourceError, parse_header
-from tests.conftest import assert_one_clear_line, make_plain_checkpoint, read_shard, write_shard
+from tests.conftest import assert_one_clear_line, make_plain_checkpoint, put_value, read_shard, write_shard
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -138,16 +138,6 @@ def a_layer_without_up_proj(source: Path) -> None:
     edit_header(source / SECOND, rename)
     edit_json(source / INDEX, lambda v: v["weight_map"].update({"model.layers.1.mlp.odd": SECOND}))
     edit_json(source / INDEX, lambda v: v["weight_map"].pop("model.layers.1.mlp.up_proj.weight"))
-
-
-def put_value(source: Path, tensor: str, bits: int) -> None:
-    for path in source.glob("*.safetensors"):
-        header, data = read_shard(path)
-        if tensor in header:
-            begin = header[tensor]["data_offsets"][0]
-            write_shard(path, header, data[:begin] + struct.pack("<H", bits) + data[begin + 2 :])
-            return
-    raise AssertionError(tensor)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,7 +38,7 @@ def ask(port: int, path: str, body: Any = None) -> Any:
 
 
 @contextmanager
-def served(words: list[str], directory: Path) -> Iterator[int]:
+def served(words: list[str], directory: Path, env: dict[str, str] | None = None) -> Iterator[int]:
     """A server of one's own, on a free port; it is stopped as a user does, with Ctrl-C."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +48,7 @@ def served(words: list[str], directory: Path) -> Iterator[int]:
         server = subprocess.Popen(
             [*words, "--host", "127.0.0.1", "--port", str(port)],
             cwd=directory, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env={**(env or os.environ), "VLLM_CPU_KVCACHE_SPACE": "1"},
         )  # fmt: skip
     try:
         deadline = time.monotonic() + START
@@ -103,6 +104,39 @@ def test_the_documented_command_serves_text_and_a_picture(
         body = {"model": "out", "prompt": "A small red boat waits", "max_tokens": 4, "temperature": 0}
         assert "at the" in ask(port, "/v1/completions", body)["choices"][0]["text"]  # the demo's model has learned it
     assert not command_lines("vllm", str(port)), "a server is left behind"
+
+
+@pytest.mark.parametrize("kv_cache", ["none", "fp8"])
+def test_the_quick_start_as_it_is_typed(
+    kv_cache: str, demo_model: Path, vllm: VllmEnvironment, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """README.md's own lines; the hub's cache holds a small model by the name that they ask for."""
+    if kv_cache == "fp8":
+        request.getfixturevalue("fp8_kernels")
+    text = (ROOT / "README.md").read_text()
+    install, typed, question = [part.split("```")[1].strip() for part in _sections(text)]
+    snapshot = tmp_path / "hub/models--Qwen--Qwen3-VL-8B-Instruct/snapshots" / ("5" * 40)
+    shutil.copytree(demo_model, snapshot)
+    (refs := snapshot.parents[1] / "refs").mkdir()
+    (refs / "main").write_text(snapshot.name)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    (setting,) = [line for line in install.splitlines() if line.startswith("export PATH=")]
+    script = f"cd {ROOT} && {setting} && cd {tmp_path} && set -ex\n"
+    *lines, serve = typed.replace("kv_cache: fp8", f"kv_cache: {kv_cache}").splitlines()
+    done = subprocess.run(
+        ["bash", "-c", script + "\n".join(lines)], env=env, capture_output=True, text=True, check=False, timeout=START
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with served(["bash", "-c", f'{script}exec {serve} "$@"', "serve"], tmp_path, env) as port:
+        asked = question.replace("localhost:8000", f"127.0.0.1:{port}")
+        answer = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True, timeout=START)
+        assert json.loads(answer.stdout)["choices"][0]["message"]["content"], answer.stdout
+
+
+def _sections(text: str) -> list[str]:
+    """The parts of README.md that begin with a block of commands: how to install, convert and ask."""
+    quick = text.partition("## Quick start")[2]
+    return [text.partition("## Install")[2], quick, quick.partition("from another terminal")[2]]
 
 
 def test_the_command_knows_its_version(vllm: VllmEnvironment) -> None:

@@ -28,6 +28,7 @@ from tests.conftest import (
     all_tensors,
     assert_one_clear_line,
     make_plain_checkpoint,
+    put_value,
 )
 from tests.warm import Warm
 
@@ -69,8 +70,9 @@ def test_the_first_layers_and_everything_outside(
 def test_kinds_of_layers(tmp_path: Path) -> None:
     """A dense layer among experts, a full attention after sliding ones, a vision tower that feeds four layers."""
 
-    def kept(**config: Any) -> int:
-        source = make_plain_checkpoint(tmp_path / str(len(list(tmp_path.iterdir()))), layers=8, config=config)
+    def kept(tower: dict[str, tuple[int, ...]] | None = None, **config: Any) -> int:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        source = make_plain_checkpoint(place, layers=8, config=config, extra=tower)
         text = (
             f"model: {{source: '{source}'}}\noutput: x\nbackend: llmcompressor\nscheme: fp8_dynamic\nkv_cache: none\n"
         )
@@ -79,7 +81,8 @@ def test_kinds_of_layers(tmp_path: Path) -> None:
 
     assert kept() == 2
     assert kept(layer_types=["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2) == 6
-    assert kept(vision_config={"deepstack_visual_indexes": [1, 2, 3, 4]}) == 4
+    tower = {"visual.patch_embed.weight": (8, 8)}
+    assert kept(tower, vision_config={"deepstack_visual_indexes": [1, 2, 3, 4]}) == 4
 
 
 def test_a_config_is_cut_wherever_it_counts_layers() -> None:
@@ -287,15 +290,14 @@ def test_a_failure_leaves_nothing(
     path.write_text(text)
     source = tmp_path / "bad"
     shutil.copytree(small_model("qwen3"), source)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchClass"]}))
+    put_value(source, damaged := "model.layers.0.mlp.down_proj.weight", 0x7FC0)  # known only once it is read
     done = warm(path, "--smoke")
-    assert done.returncode == 1 and "NoSuchClass" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and f"{damaged}: NaN" in done.stderr and "Traceback" not in done.stderr
     assert "is removed; --keep leaves it to look at" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "recipe.yaml"]
     done = warm(path, "--smoke", "--keep")
     (place,) = tmp_path.glob(".out.smoke-*")
-    assert done.returncode == 1 and "NoSuchClass" in done.stderr and f"kept: {place}" in done.stderr
+    assert done.returncode == 1 and f"{damaged}: NaN" in done.stderr and f"kept: {place}" in done.stderr
     assert sorted(path.name for path in place.iterdir()) == ["out.partial", "source"]
 
 
