@@ -15,7 +15,7 @@ from pipeline.verify import verify
 from tests.conftest import assert_one_clear_line, make_plain_checkpoint
 
 
-def test_another_serve_section_writes_the_profile_alone(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
+def test_another_serve_section_writes_profile_and_card_alone(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
     recipe = write_recipe(make_plain_checkpoint(tmp_path / "source"))
     assert quantize(recipe).returncode == 0
     out = tmp_path / "out"
@@ -31,7 +31,8 @@ def test_another_serve_section_writes_the_profile_alone(tmp_path: Path, quantize
     assert "done already" in done.stdout and "served-model-name: mine" in profile.read_text()
     after = state()
     assert set(after) == set(before)
-    assert {path for path in after if after[path] != before[path]} == {profile}
+    changed = {path for path in after if after[path] != before[path]}
+    assert changed == {profile, out / "README.md", out / "quantize" / "events.jsonl"}, "the card says the command, too"
     done = quantize(recipe, "serve={served_model_name: mine, max_num_seqs: 7}")
     assert done.returncode == 0 and "written anew" not in done.stdout and state() == after
     done = quantize(recipe, "serve={tensor_parallel_size: 3}")

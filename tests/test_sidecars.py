@@ -54,7 +54,9 @@ def test_a_second_section_is_refused() -> None:
 
 
 def test_the_card_is_for_others_to_read(tmp_path: Path, quantize: Any, write_recipe: Any) -> None:
-    source = make_plain_checkpoint(tmp_path / "base-model", config={"vision_config": {}})
+    source = make_plain_checkpoint(
+        tmp_path / "base-model", config={"vision_config": {}}, extra={"visual.proj.weight": (64, 64)}
+    )
     assert quantize(write_recipe(source), "ignore=['re:.*down_proj']").returncode == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in card, "a path of this machine"

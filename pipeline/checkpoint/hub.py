@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+# README.md for its front matter alone: the result has its own
+SMALL_FILES = [
+    "*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md",
+]  # fmt: skip
 FIRST_READ = 1 << 20  # most headers fit into it
 # what people call the directories that they keep checkpoints in; hardly an organisation's name
 LOCAL_WORDS = frozenset({
@@ -27,7 +30,7 @@ LOCAL_WORDS = frozenset({
     "local", "merged", "model", "models", "out", "output", "outputs", "result", "results", "run", "runs", "src", "tmp",
     "weights", "work",
 })  # fmt: skip
-NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*", "README.md"]
+NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*"]
 
 
 def resolve(
@@ -127,6 +130,20 @@ def complete(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
     root = Path(_said(name, commit, lambda: snapshot_download(name, revision=commit, allow_patterns=sorted(wanted))))
     shards = tuple(replace(s, path=root / s.name) if s.name in wanted else s for s in checkpoint.shards)
     return replace(checkpoint, shards=shards)
+
+
+def hub_name(checkpoint: Checkpoint) -> tuple[str | None, str | None]:
+    """The hub id and commit of a checkpoint, also of a directory inside the hub's cache; None where unknown."""
+    if checkpoint.revision is not None:
+        return checkpoint.label, checkpoint.revision
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)$", str(checkpoint.root.absolute()))
+    return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else (None, None)
+
+
+def public_name(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called where others read it: its hub id, or its directory's name."""
+    name = checkpoint.root.name
+    return hub_name(checkpoint)[0] or (name if name not in ("", "..") else checkpoint.root.resolve().name)
 
 
 def _wanted_shards(name: str, root: Path, commit: str) -> dict[str, set[str] | None]:

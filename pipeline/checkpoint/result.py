@@ -18,6 +18,7 @@ LAYERS = "quantize/layers.json"
 CALIBRATION = "quantize/calibration.json"
 VERDICT = "quantize/verify.json"
 PROFILE = "quantize/serve.yaml"
+CARD = "README.md"  # the model card
 
 
 def places(output: str) -> tuple[Path, Path]:

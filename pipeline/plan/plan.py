@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from pipeline import __version__
 from pipeline.backends.base import Backend
 from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint import directory
+from pipeline.checkpoint.hub import hub_name
 from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import Checkpoint, SourceError, refuse_unusable_files
+from pipeline.checkpoint.source_card import SourceCard, read_source_card
 from pipeline.errors import UsageError
 from pipeline.machine.system import default_threads
 from pipeline.model.completeness import FETCH, by_class, check_complete, refuse_adapters
@@ -66,6 +68,7 @@ class Plan:
     threads: int
     warnings: tuple[str, ...]
     calibration: CalibrationPlan | None = None
+    source_card: SourceCard = field(default_factory=SourceCard)
 
     @property
     def layers(self) -> tuple[LayerUnit, ...]:
@@ -167,6 +170,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
     warnings = [*selection.warnings, *incomplete, *directory.notes(checkpoint.left_behind)]
     if note := left_over_note(actions, recipe.kv_cache == "fp8"):
         warnings.append(note)
+    card = read_source_card(checkpoint.root)
+    warnings += _card_warnings(recipe, checkpoint, card)
     calibration = None
     if calibrated:
         embedding = next(n for n, choice in selection.choices.items() if choice.role == "embedding")
@@ -183,8 +188,40 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, prepare: Prepare = prepare
         if recipe.calibration is not None:
             warnings.append(f"calibration is not used: neither {recipe.scheme} weights nor kv_cache: none need data")
     return Plan(
-        recipe, checkpoint, backend, selection, actions, outputs, shards, pieces, threads, tuple(warnings), calibration
+        recipe,
+        checkpoint,
+        backend,
+        selection,
+        actions,
+        outputs,
+        shards,
+        pieces,
+        threads,
+        tuple(warnings),
+        calibration,
+        card,
     )
+
+
+def _card_warnings(recipe: Recipe, checkpoint: Checkpoint, card: SourceCard) -> list[str]:
+    """What the model card will lack; of a source without a card only where the recipe says that it will be uploaded."""
+    asked, warnings = recipe.card, []
+    if card.problem is not None:
+        warnings.append(
+            f"the source's README.md: its front matter cannot be read ({card.problem}): the result's card takes no "
+            "licence and language from it; the recipe's card section can name them"
+        )
+    if asked.repo_id is not None and asked.licence is None and card.license is None:
+        warnings.append("the model card will name no licence: the source's has none; set card.licence")
+    if asked.repo_id is not None and asked.base_model is None and hub_name(checkpoint)[0] is None:
+        warnings.append("the model card cannot name what is quantized: the source is a directory; set card.base_model")
+    if asked.repo_id is not None:
+        found = {f"serve.extra: {key}": value for key, value in recipe.serve.extra.items()}
+        found["the source's config.json: _name_or_path"] = checkpoint.config.get("_name_or_path")
+        for where, value in found.items():
+            if isinstance(value, str) and value.startswith(("/", "~/")):
+                warnings.append(f"{where}: {value} is a path of a machine, and will be published")
+    return warnings
 
 
 def _hold_against_class(checkpoint: Checkpoint, selection: Selection) -> list[str]:

@@ -37,7 +37,7 @@ def field_at(model: type[Section], path: Path) -> FieldInfo | None:
 
 
 def holds_text(model: type[Section], path: Path) -> bool:
-    """Whether the key at `path` holds free text, as paths and names are."""
+    """Whether the key at `path` holds free text, as paths and names are; where a list may stand as well, it is YAML."""
     field = field_at(model, path)
     kind = field.annotation if field is not None else None
     return kind is str or (get_origin(kind) in (Union, UnionType) and str in get_args(kind))

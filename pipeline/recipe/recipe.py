@@ -282,13 +282,17 @@ def _is_calibrated(backend: Any, scheme: Any) -> bool:
     return any(scheme in model.calibrated_schemes for model in ([own] if own and owns else _MODELS.values()))
 
 
-def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:
+def recipe_yaml(
+    recipe: Recipe, published_source: str | None = None, revision: str | None = None, weights_alone: bool = False
+) -> str:
     """The recipe with every default filled in, as YAML that this program reads back.
 
     Args:
         recipe: validated.
-        published_source: written as ``model.source`` instead, and what belongs to this machine (output, runtime)
-            left out: for a text that others read.
+        published_source: written as ``model.source`` instead, and what belongs to this machine left out, for a text
+            that others read: of paths the last part stays, of ``runtime`` what is no path.
+        revision: written as ``model.revision`` then.
+        weights_alone: leave out the sections that change no byte of the shards.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
     for section, key in PATHS:
@@ -296,13 +300,35 @@ def recipe_yaml(recipe: Recipe, published_source: str | None = None) -> str:
         if key in holder:
             holder[key] = escaped(holder[key])
     if published_source is not None:
-        data["model"]["source"] = published_source
-        data["output"] = data["output"].rstrip("/").rpartition("/")[2]
-        del data["runtime"]
-        if "calibration" in data and Path(data["calibration"]["captions"]).exists():
-            data["calibration"]["captions"] = Path(data["calibration"]["captions"]).name
+        data["model"] = {
+            "source": escaped(published_source),
+            **({"revision": revision} if revision is not None else {}),
+        }
+        data["output"] = escaped(Path(recipe.output).name)
+        for key in ("work_directory", "vllm_python"):
+            data["runtime"].pop(key, None)
+        if recipe.calibration is not None:
+            data["calibration"]["captions"] = escaped(without_directory(recipe.calibration.captions))
+        data["serve"]["extra"] = _without_directories(data["serve"]["extra"])
+    if weights_alone:
+        for key in ("verify", "quality", "serve", "card", "runtime"):
+            del data[key]
     ordered = {key: data[key] for key in ("model", "output", "backend", "scheme")} | data
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+
+
+def without_directory(text: str) -> str:
+    """The last part of a path; hub ids and words such as coco2017 stay as they are."""
+    local = text.startswith(("/", "~", ".")) or Path(text).exists()
+    return (Path(text).name or Path(text).resolve().name) if local else text
+
+
+def _without_directories(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_directories(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_directories(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
 
 
 def not_yet_built(recipe: Recipe) -> list[str]:

@@ -110,7 +110,7 @@ def _type(described: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     words = {"string": "text", "integer": "number", "number": "number", "boolean": "`true`, `false`"}
     words |= {"array": "list", "object": "mapping"}
     kinds = [part.get("type") for part in (described, *described.get("anyOf", ())) if part.get("type") != "null"]
-    return next(words[kind] for kind in kinds if kind)
+    return " or ".join(words[kind] for kind in kinds if kind)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_serializer,
 )
@@ -211,6 +212,84 @@ class Serve(Section):
         return made
 
 
+class Card(Section):
+    """What the model card (README.md) says, where the source's own card does not say it, or says something else."""
+
+    base_model: str | None = Field(
+        None,
+        description="Hub id of what is quantized; null: the source's, if it is one, else what its card is based on.",
+        examples=["Qwen/Qwen3-VL-8B-Instruct"],
+    )
+    licence: str | None = Field(
+        None,
+        description="The hub's identifier of the licence; null: that of the source's card.",
+        examples=["apache-2.0"],
+    )
+    language: Annotated[
+        list[str] | None,
+        WithJsonSchema(
+            {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}, {"type": "null"}]}
+        ),
+    ] = Field(
+        None,
+        description="Languages by their codes, one or a list; null: those of the source's card.",
+        examples=[["en", "de"]],
+    )
+    repo_id: str | None = Field(
+        None,
+        description="The hub repository that the result will be uploaded to, for the card's title and serve command.",
+        examples=["my-org/Qwen3-VL-8B-Instruct-FP8"],
+    )
+
+    @field_validator("base_model", "repo_id")
+    @classmethod
+    def _is_hub_id(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        if value.count("/") != 1 or value.startswith((".", "/", "~")):
+            raise ValueError("it is a hub id: org/name")
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            raise ValueError(f"it is a hub id, org/name: {str(error).split('. ')[0]}") from None
+        return value
+
+    @field_validator("repo_id")
+    @classmethod
+    def _is_another(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value == info.data.get("base_model"):
+            raise ValueError("it is card.base_model: the result would replace what it was made from")
+        return value
+
+    @field_validator("licence")
+    @classmethod
+    def _is_identifier(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value):
+            meant = re.sub(r"[^a-z0-9.+]+", "-", value.lower()).strip("-")
+            raise ValueError(
+                f"the hub's identifiers are in lower case, without spaces: {meant or 'apache-2.0'}, or other"
+            )
+        return value
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        if value is False or (isinstance(value, list) and False in value):
+            raise ValueError("YAML reads no as false; Norwegian is 'no', in quotes")
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("language")
+    @classmethod
+    def _are_codes(cls, value: list[str] | None) -> list[str] | None:
+        for each in value or []:
+            if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", each):
+                raise ValueError(f"{each!r} is no language's code; en, de and zh are, and multilingual")
+        return value
+
+
 class ModelOptOptions(Section):
     """``backend_options`` of ModelOpt."""
 
@@ -304,6 +383,7 @@ class Common(Section):
     )
     quality: Quality = Field(Quality(), description="Gates on how close the result is to its source.")
     serve: Serve = Field(Serve(), description="What the serve config should say.")
+    card: Card = Field(Card(), description="What the model card says that the source's does not.")
     runtime: Runtime = Field(Runtime(), description="Where and how it runs.")
 
     _shard_size = field_validator("shard_size", mode="before")(_sized)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import sidecars
-from pipeline.checkpoint.result import EVENTS, FILES, PROFILE, VERDICT
+from pipeline.checkpoint.result import CARD, EVENTS, FILES, PROFILE, VERDICT
 from pipeline.checkpoint.source import read_json
-from pipeline.checkpoint.writer import json_bytes, write_file
+from pipeline.checkpoint.writer import write_file
 from pipeline.errors import PipelineError, UsageError, VerificationFailed, attempt
-from pipeline.events import recorded_layers
+from pipeline.events import EventLog, read_events, recorded_layers
 from pipeline.plan.plan import Plan
 from pipeline.report.outcome import Outcome
+from pipeline.run.finalize import card_text, write_verdict
 from pipeline.run.gates import Candidate, pass_gates
 from pipeline.serving import profile
 from pipeline.serving.command import serve_command
@@ -49,6 +51,12 @@ def published(plan: Plan, output: Path, console: Console) -> Outcome:
     _refuse_failed(plan, output, before, environment)
     _write_profile(plan, output, console, environment)
     report = _verify_further(plan, output, console, before, environment)
+    _write_card(plan, output, console)
+    if report is not None and not report.passed:
+        raise VerificationFailed(
+            f"{output}: it is published, but fails verification; do not serve it, make it again with --fresh:\n"
+            f"{listed(report.problems)}"
+        )
     serve = serve_command(output, environment)
     return Outcome(output, True, recorded_layers(output / EVENTS), Totals(), report, serve=serve)
 
@@ -80,13 +88,36 @@ def _verify_further(
         return None
     with VllmWorker(environment) if environment is not None else nullcontext() as worker:
         report = pass_gates(Candidate(output, plan.checkpoint, plan.recipe, worker, console.say))
-    attempt(f"writing {path}", lambda: write_file(path, json_bytes(report.as_json())))
-    if not report.passed:
-        raise VerificationFailed(
-            f"{output}: it is published, but fails verification; do not serve it, make it again with --fresh:\n"
-            f"{listed(report.problems)}"
-        )
+    attempt(f"writing {path}", lambda: write_verdict(plan, output, report))
     return report
+
+
+def _write_card(plan: Plan, output: Path, console: Console) -> None:
+    """The model card anew, where verdict, serve or card section say something else; one that was edited stays."""
+    path = output / CARD
+    try:
+        text = attempt(f"reading {output}", lambda: card_text(plan, output))
+    except (PipelineError, KeyError, TypeError) as error:  # a record is damaged; the weights are not
+        console.say(f"{path}: it stays as it is, since a record that it is made of cannot be read: {error}")
+        return
+    events = read_events(output / EVENTS) if (output / EVENTS).exists() else ()
+    written = [event["sha256"] for event in events if event.get("event") == "card"]
+    if path.exists():
+        found = attempt(f"reading {path}", path.read_bytes)
+        if found == text or not written:  # by a version that did not say what it wrote
+            return
+        if hashlib.sha256(found).hexdigest() != written[-1]:
+            console.say(f"{path}: it was edited, and stays as it is; remove it to have it written anew")
+            return
+
+    def write() -> None:
+        write_file(path, text)
+        log = EventLog(output / EVENTS)
+        log.write("card", sha256=hashlib.sha256(text).hexdigest())
+        log.close()
+
+    attempt(f"writing {path}", write)
+    console.say(f"{path}: the model card is written anew")
 
 
 def listed(problems: list[str]) -> str:

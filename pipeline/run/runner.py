@@ -32,6 +32,7 @@ from pipeline.report.outcome import Outcome
 from pipeline.run.finalize import finalize, record_verdict
 from pipeline.run.gates import Candidate, pass_gates
 from pipeline.run.published import listed, published
+from pipeline.run.redact import Redaction
 from pipeline.serving import profile
 from pipeline.serving.command import serve_command
 from pipeline.serving.profile_check import profile_in_time
@@ -93,6 +94,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
                 attempt(f"writing to {partial}", lambda: finalize(plan, journal, log))
                 report = _gates(plan, partial, log, environment, console)
             findings = tuple(calibration_report.findings(plan, journal))
+            attempt(f"writing to {partial}", lambda: Redaction(plan).records(partial))
             stop.hold()
             _publish(plan, output, partial, replace)
         finally:
@@ -220,7 +222,7 @@ def _gates(plan: Plan, partial: Path, log: EventLog, environment: VllmEnvironmen
     """
     with VllmWorker(environment) if environment is not None else nullcontext() as worker:
         report = pass_gates(Candidate(partial, plan.checkpoint, plan.recipe, worker, console.say))
-    attempt(f"writing to {partial}", lambda: record_verdict(partial, report, log))
+    attempt(f"writing to {partial}", lambda: record_verdict(plan, partial, report, log))
     if not report.passed:
         raise VerificationFailed(
             f"{partial}: the result fails verification and is not published; it stays here, with the report in "
