@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import click
 
 from pipeline import __version__
-from pipeline.errors import PipelineError, UsageError, from_os_error
+from pipeline.errors import OtherRun, PipelineError, UsageError, from_os_error
 
 DEFAULT_COMMAND = "run"
 KEPT = "interrupted; what is finished is kept, run the same command again to go on"
@@ -323,7 +323,14 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 def _fail(error: PipelineError, as_json: bool = False) -> NoReturn:
     if as_json:
         text = "\n".join((error.message, *error.lines))
-        fields = {"kind": error.kind, "message": text, "remedy": error.remedy, "exit_status": error.exit_status}
+        fields: dict[str, Any] = {
+            "kind": error.kind,
+            "message": text,
+            "remedy": error.remedy,
+            "exit_status": error.exit_status,
+        }
+        if isinstance(error, OtherRun):
+            fields["differences"] = error.differences
         click.echo(json.dumps({"format": FORMAT, "error": fields}))
     for line in str(error).splitlines():
         click.echo(line if error.exit_status == 75 or line.startswith(" ") else f"error: {line}", err=True)

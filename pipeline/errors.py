@@ -79,13 +79,21 @@ class OtherRun(UsageError):
     Attributes:
         fields: of the identity that differ.
         begun: it is unfinished work, not a published result.
+        differences: the same as plain data, see `pipeline.identity.Difference.as_json`.
     """
 
     _joint = "\n"
 
-    def __init__(self, message: str, fields: frozenset[str], begun: bool, remedy: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        fields: frozenset[str],
+        begun: bool,
+        remedy: str | None = None,
+        differences: tuple[dict[str, Any], ...] = (),
+    ) -> None:
         super().__init__(message, remedy)
-        self.fields, self.begun = fields, begun
+        self.fields, self.begun, self.differences = fields, begun, differences
 
 
 class Interrupted(PipelineError):

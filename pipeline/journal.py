@@ -1,8 +1,9 @@
 """Finished units and who may go on: OUTPUT.partial/quantize/journal.jsonl, and the lock beside it.
 
-The first line is the run's identity; each further line is a unit whose bytes are on the device, with the
-hashes of its pieces. A line is written and flushed after the bytes it speaks of, so a kill at any moment
-leaves either the line and the bytes, or neither counts. A torn last line is cut off.
+The first line is the run's identity, and how it found its source; each further line is a unit whose bytes are
+on the device, with the hashes of its pieces and of what was read for them. A line is written and flushed after
+the bytes it speaks of, so a kill at any moment leaves either the line and the bytes, or neither counts. A torn
+last line is cut off.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.result import JOURNAL, LOCK
-from pipeline.checkpoint.writer import sync_directory
+from pipeline.checkpoint.writer import sync_directory, write_file
 from pipeline.errors import Busy, OtherRun, UsageError
+from pipeline.identity import MACHINE_FIELDS, Comparison, Difference, Recorded, compare, other_run, with_contents
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,21 @@ class State:
     Attributes:
         done: the hashes of finished units.
         facts: what was measured while a unit was made, for the report.
+        sources: by unit, the hashes of the ranges of the source that it was made from, in the plan's order; see
+            `pipeline.stream.tensor_bytes.source_hash`. Earlier versions recorded none.
         saved: the last hidden states.
         replaces: the fingerprint of the result that the run was told to replace; None: it replaces none.
     """
 
     done: dict[int, list[Digest]] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[int, list[str]] = field(default_factory=dict)
     saved: Saved | None = None
     replaces: str | None = None
+
+
+# compares the contents of these shards with what finished units read of them
+Contents = Callable[[State, frozenset[str]], Sequence[Difference]]
 
 
 class Journal:
@@ -81,6 +90,7 @@ class Journal:
         fresh: bool = False,
         restart: bool = False,
         replaces: str | None = None,
+        contents: Contents | None = None,
     ) -> Journal:
         """Lock `partial`, making it if need be, and read what is finished.
 
@@ -90,10 +100,11 @@ class Journal:
             fresh: throw away what a run of another identity left there; what this one finished stays.
             restart: throw away whatever an earlier run left there.
             replaces: the fingerprint of the result that this run is told to replace, for `begun_to_replace`.
+            contents: compares contents where the source may not be the one that was read; None: it is taken for it.
 
         Raises:
             Busy: another process holds the lock.
-            OtherRun: its journal belongs to another run; the text names the fields that differ.
+            OtherRun: its journal belongs to another run, or another source; the text says what differs.
             UsageError: the directory is not this tool's.
         """
         _refuse_strangers(partial)
@@ -101,13 +112,24 @@ class Journal:
         lock = _lock(partial)
         try:
             path = partial / JOURNAL
-            discards = path.exists() and (restart or (fresh and not _goes_on(path, identity, partial)))
+            discards = path.exists() and restart
+            state = None
+            if path.exists() and not restart:
+                try:
+                    state = _read(path, identity, partial, contents=contents)
+                except (OtherRun, UsageError):
+                    if not fresh:
+                        raise
+                    discards = True
             if discards or (fresh and not path.exists()):
                 _empty(partial)
-            state = _read(path, identity, partial)
+            if state is None:
+                state = State()
+            else:
+                _bring_up_to_date(path, identity)
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if os.fstat(file).st_size == 0:
-                _append(file, {"identity": identity})
+                _append(file, _first_entry(identity))
             if replaces not in (None, state.replaces):
                 _append(file, {"replaces": replaces})
             for directory in (partial / "quantize", partial, partial.parent):
@@ -119,10 +141,20 @@ class Journal:
         journal.discarded = discards
         return journal
 
-    def finish(self, unit: int, digests: list[Digest], facts: dict[str, Any] | None = None) -> None:
-        """Record a unit whose bytes are flushed, with what was measured while it was made."""
+    def finish(
+        self, unit: int, digests: list[Digest], facts: dict[str, Any] | None = None, source: Sequence[str] = ()
+    ) -> None:
+        """Record a unit whose bytes are flushed, with what was measured while it was made, and what it was made from.
+
+        Args:
+            unit: its number.
+            digests: of what was written.
+            facts: for the report.
+            source: hashes of what was read; see `State.sources`.
+        """
         rows = [[digest.tensor, digest.offset, digest.nbytes, digest.sha256] for digest in digests]
-        _append(self._file, {"unit": unit, "pieces": rows, **({"facts": facts} if facts else {})})
+        more: dict[str, Any] = {**({"source": list(source)} if source else {}), **({"facts": facts} if facts else {})}
+        _append(self._file, {"unit": unit, "pieces": rows, **more})
         self.done[unit] = digests
         if facts:
             self.facts[unit] = facts
@@ -149,13 +181,30 @@ class Journal:
 
 def read_identity(directory: Path) -> dict[str, Any] | None:
     """The identity of the run that made, or is making, this directory; None if no run of this tool did."""
+    found = read_record(directory)
+    return found.identity if found is not None else None
+
+
+def read_record(directory: Path) -> Recorded | None:
+    """The identity as in `read_identity`, with what the run saw of its source."""
     try:
         with (directory / JOURNAL).open(encoding="utf-8") as file:
-            entry = json.loads(file.readline())
-    except (OSError, ValueError):
+            return _recorded(json.loads(file.readline()))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    found = entry.get("identity") if isinstance(entry, dict) else None
-    return dict(found) if isinstance(found, dict) else None
+
+
+def _recorded(entry: Any) -> Recorded:
+    """The first line of a journal; raises KeyError or TypeError for anything else."""
+    identity, seen = entry["identity"], entry.get("seen") or {}
+    if not isinstance(identity, dict) or not isinstance(seen, dict):
+        raise TypeError("no first line of a journal")
+    return Recorded(identity, seen)
+
+
+def _first_entry(identity: Mapping[str, Any]) -> dict[str, Any]:
+    seen = getattr(identity, "seen", None)
+    return {"identity": identity, **({"seen": seen.stamps} if seen is not None and seen.stamps else {})}
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -168,8 +217,8 @@ def begun_to_replace(partial: Path, identity: dict[str, Any], output: Path) -> b
 
     The same command, or the command without ``--fresh``, then goes on and replaces it.
     """
-    found = read_identity(output)
-    if found is None or read_identity(partial) != identity:
+    found, begun = read_identity(output), read_record(partial)
+    if found is None or begun is None or compare(begun, identity).fields:
         return False
     try:
         raw = (partial / JOURNAL).read_bytes()
@@ -192,6 +241,15 @@ def read_pieces(directory: Path) -> list[Digest] | None:
     return [digest for digests in _parse(lines[1:]).done.values() for digest in digests]
 
 
+def read_state(directory: Path) -> State:
+    """What the journal of a published directory says after its first line.
+
+    Raises:
+        ValueError: the journal is damaged.
+    """
+    return _parse((directory / JOURNAL).read_bytes().splitlines()[1:])
+
+
 def _parse(lines: list[bytes]) -> State:
     state = State()
     try:
@@ -201,6 +259,7 @@ def _parse(lines: list[bytes]) -> State:
                 for unit in entry["forget"]:
                     state.done.pop(unit, None)
                     state.facts.pop(unit, None)
+                    state.sources.pop(unit, None)
             elif "hidden" in entry:
                 state.saved = Saved(*entry["hidden"])
             elif "replaces" in entry:
@@ -209,13 +268,19 @@ def _parse(lines: list[bytes]) -> State:
                 state.done[entry["unit"]] = [Digest(*row) for row in entry["pieces"]]
                 if "facts" in entry:
                     state.facts[entry["unit"]] = entry["facts"]
+                if "source" in entry:
+                    state.sources[entry["unit"]] = entry["source"]
     except (ValueError, KeyError, TypeError):
         raise ValueError("the journal is damaged") from None
     return state
 
 
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
 def _append(file: int, entry: dict[str, Any]) -> None:
-    line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    line = _line(entry)
     while line:
         line = line[os.write(file, line) :]
     os.fsync(file)
@@ -241,15 +306,6 @@ def discard(directory: Path) -> None:
     (directory / JOURNAL).unlink(missing_ok=True)
     sync_directory(directory / "quantize")
     shutil.rmtree(directory)
-
-
-def _goes_on(path: Path, identity: dict[str, Any], partial: Path) -> bool:
-    """Whether a run of this identity can go on from this journal."""
-    try:
-        _read(path, identity, partial)
-    except (OtherRun, UsageError):
-        return False
-    return True
 
 
 def _empty(partial: Path) -> None:
@@ -279,7 +335,24 @@ def _refuse_strangers(partial: Path) -> None:
         )
 
 
-def _read(path: Path, identity: dict[str, Any], partial: Path) -> State:
+def _bring_up_to_date(path: Path, identity: Mapping[str, Any]) -> None:
+    """Where the source is now, for the next run; and no path of this machine, which earlier versions recorded.
+
+    The file is replaced in one step, so that a kill leaves the one or the other.
+    """
+    first, end, rest = path.read_bytes().partition(b"\n")
+    entry = _first_entry(identity)
+    if end and getattr(identity, "seen", None) is not None and json.loads(first) != entry:
+        write_file(path, _line(entry) + rest)
+
+
+def _read(path: Path, identity: dict[str, Any], partial: Path, contents: Contents | None = None) -> State:
+    """The journal of a run of this identity, without the line that a kill tore.
+
+    Raises:
+        OtherRun: it is another run's.
+        UsageError: it is damaged.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -291,42 +364,19 @@ def _read(path: Path, identity: dict[str, Any], partial: Path) -> State:
     if not lines:
         return State()
     try:
-        found = json.loads(lines[0])["identity"]
+        found = compare(_recorded(json.loads(lines[0])), identity)
         state = _parse(lines[1:])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path}: the journal is damaged", remedy="start over with --fresh") from None
-    if found != identity:
-        changed = "\n".join(f"  {line}" for line in differences(found, identity))
-        raise OtherRun(
-            f"{partial}: another run began this; it differs in\n{changed}",
-            differing(found, identity),
-            begun=True,
-            remedy="run that recipe again to go on with it, choose another output, or start over with --fresh",
-        )
+    if contents is not None:
+        found = compare_contents(found, state, contents)
+    if found.fields:
+        raise other_run(partial, found, begun=True)
     return state
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields in which two identities differ, with both values, for a person to read."""
-    lines = []
-    for key in sorted(set(before) | set(now)):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        if key.startswith("source.") and isinstance(old, list) and isinstance(new, list):
-            lines.append(f"{key}: the file has changed")
-        elif key == "layout":
-            continue  # follows from another field
-        else:
-            lines.append(f"{key}: {_short(old)} then, {_short(new)} now")
-    return lines or ["layout: the output's layout"]
-
-
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> frozenset[str]:
-    """The names of the fields in which two identities differ."""
-    return frozenset(key for key in set(before) | set(now) if before.get(key) != now.get(key))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def compare_contents(found: Comparison, state: State, contents: Contents) -> Comparison:
+    """The comparison with the contents of shards that may have changed, where nothing of recipe and source differs."""
+    if not found.moved or not found.fields <= MACHINE_FIELDS:
+        return found
+    return with_contents(found, contents(state, found.moved))

@@ -181,13 +181,13 @@ def test_what_another_node_began(executor: Executor, job: MakeJob) -> None:
     journal.write_text("\n".join([json.dumps(identity), *rest]) + "\n")
     executor.start(replace(request, cluster=False), plan, place)
     _, ended = result(executor)
-    assert ended.kind == "recipe" and "device" in ended.reason
+    assert ended.kind == "recipe" and "processor: NVIDIA Other then" in ended.reason
     executor.start(replace(request, overrides=("calibration.seed=7", "calibration.samples=9")), plan, place)
     _, ended = result(executor)
-    assert ended.kind == "recipe" and "calibration.batches" in ended.reason
+    assert ended.kind == "recipe" and "calibration.seed: 0 then, 7 now" in ended.reason
     executor.start(request, plan, place)
     _, ended = result(executor)
-    assert ended.kind == "done" and any("started over" in note and "device" in note for note in ended.notes)
+    assert ended.kind == "done" and any("started over" in note and "processor" in note for note in ended.notes)
 
 
 def test_smaller_batches_start_over_once(executor: Executor, job: MakeJob) -> None:

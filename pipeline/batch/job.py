@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.batch.worker import read_request, start_worker
 from pipeline.errors import Busy, OtherRun, PipelineError, from_os_error, is_out_of_memory
+from pipeline.identity import MACHINE_FIELDS
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
     from pipeline.verify.report import Report
 
-MACHINE_FIELDS = frozenset({"device", "threads"})  # of an identity: they differ between the nodes of a cluster
 BUSY_POLL = 1.0
 
 
@@ -224,10 +224,14 @@ def _convert(recipe: Recipe, request: JobRequest, notes: list[str]) -> tuple[Pat
                 raise
             fresh = True
             if error.begun:
-                notes.append(f"started over: what was begun differs in {_names(error.fields)}")
+                notes.append(f"started over: what was begun differs in {_texts(error)}")
         else:
             console.show_outcome(outcome)
             return outcome.output, None if outcome.already else outcome.report
+
+
+def _texts(error: OtherRun) -> str:
+    return "; ".join(difference["text"] for difference in error.differences)
 
 
 def _names(fields: frozenset[str]) -> str:

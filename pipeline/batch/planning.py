@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from pipeline.batch.job import MACHINE_FIELDS
 from pipeline.batch.manifest import Job
 from pipeline.batch.worker import end_worker, read_request, start_worker
 from pipeline.errors import DiskFull, OtherRun, OutOfMemory, PipelineError, TooLarge, from_os_error
+from pipeline.identity import MACHINE_FIELDS
 from pipeline.plan.calibration import Prepare, prepare
 from pipeline.recipe.recipe import Recipe
 from pipeline.run.estimate import Work

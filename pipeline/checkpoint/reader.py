@@ -32,7 +32,7 @@ def refuse_changed(shard: Shard) -> None:
     if status.st_size != shard.size or (shard.modified and status.st_mtime_ns != shard.modified):
         raise SourceError(
             f"{shard.path}: the file changed since the plan was made",
-            remedy="let it settle, then start over with --fresh",
+            remedy="let it settle, then run again: what was read of it is compared then",
         )
 
 

@@ -8,13 +8,8 @@ decoder layer besides, and its plan holds the token batches too: they decide bit
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from pipeline import __version__
 from pipeline.backends.base import Backend
@@ -25,14 +20,14 @@ from pipeline.checkpoint.layout import OutputShard, OutputTensor
 from pipeline.checkpoint.source import Checkpoint, SourceError, refuse_unusable_files
 from pipeline.checkpoint.source_card import SourceCard, read_source_card
 from pipeline.errors import UsageError
+from pipeline.identity import Identity
 from pipeline.machine.system import default_threads
 from pipeline.model.completeness import FETCH, by_class, check_complete, refuse_adapters
 from pipeline.model.ignore import IgnoreList
 from pipeline.model.selection import TESTED_MODEL_TYPES, Selection, select
 from pipeline.plan.calibration import CalibrationPlan, Prepare, calibration_warnings, plan_calibration, prepare
+from pipeline.plan.identity import identity_of
 from pipeline.plan.layout import (
-    PIECE_BYTES,
-    UNIT_BYTES,
     LayerUnit,
     Piece,
     TensorAction,
@@ -86,10 +81,12 @@ class Plan:
         return frozenset(tensor.dtype for tensor in self.checkpoint.tensors.values())
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """See `_identity`; read from disk once, when a run first needs it."""
-        found: dict[str, Any] = json.loads(json.dumps(_identity(self)))  # as a journal gives it back
-        return found
+    def identity(self) -> Identity:
+        """See `identity_of`; read from disk once, when a run first needs it."""
+        dtypes = {action.tensor.dtype for action in self.actions.values() if action.action == "quantize"}
+        versions = {"pipeline": __version__}
+        versions.update((f"library.{name}", version) for name, version in self.backend.versions(dtypes).items())
+        return identity_of(self.recipe, self.checkpoint, self.shards, versions, self.calibration, self.threads)
 
     @property
     def output_nbytes(self) -> int:
@@ -232,9 +229,6 @@ def _hold_against_class(checkpoint: Checkpoint, selection: Selection) -> list[st
     return [f"{text}; is the checkpoint complete?" for text in lacking[:1]]
 
 
-# --- actions -------------------------------------------------------------------------------------------
-
-
 # --- layout ------------------------------------------------------------------------------------------
 
 
@@ -259,58 +253,3 @@ def _check_ignore(
         raise SourceError(
             f"{problems[0].text} (and {len(problems) - 1} more)", remedy="please report it with the plan's --json"
         )
-
-
-# --- identity ----------------------------------------------------------------------------------------
-
-
-# --- disk --------------------------------------------------------------------------------------------
-
-
-# --- views -------------------------------------------------------------------------------------------
-
-
-SAMPLES, SAMPLE_BYTES = 8, 4096
-
-
-def _identity(plan: Plan) -> dict[str, Any]:
-    """What must be the same for a run to go on where another stopped. Flat, so that differences have names.
-
-    A directory's content is known by its path, sizes, mtimes, headers and a few sampled blocks a shard, since
-    another fine-tune of the same model has the same headers, and may have been unpacked with the same mtimes; a
-    hub's commit names its content.
-    """
-    recipe, checkpoint = plan.recipe, plan.checkpoint
-    asked = recipe.model_dump(include={"backend", "scheme", "kv_cache", "ignore", "backend_options"})
-    found: dict[str, Any] = {"pipeline": __version__, **asked, "shard_size": recipe.shard_bytes}
-    on_hub = checkpoint.revision is not None
-    found["source"] = checkpoint.label if on_hub else str(checkpoint.root.resolve())
-    found["source.revision"] = checkpoint.revision
-    for shard in checkpoint.shards:
-        sample = None if on_hub or shard.path is None else _sample(shard.path, shard.size)
-        found[f"source.{shard.name}"] = [shard.size, shard.header_sha256, shard.modified, sample]
-    for name in checkpoint.sidecars:
-        status = (checkpoint.root / name).stat()
-        found[f"source.{name}"] = [status.st_size, 0 if on_hub else status.st_mtime_ns]
-    dtypes = {action.tensor.dtype for action in plan.actions.values() if action.action == "quantize"}
-    found.update((f"library.{name}", version) for name, version in plan.backend.versions(dtypes).items())
-    found["layout"] = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
-    found["units"] = [PIECE_BYTES, UNIT_BYTES]
-    if plan.calibration is not None:  # what decides the bits of activations
-        batches = plan.calibration.batches  # captions, seed, template: whatever gives the same batches is the same
-        found["calibration.batches"] = [f"{batches.samples} captions, {batches.tokens} tokens", batches.digest]
-        assert recipe.calibration is not None
-        found["calibration.batch_tokens"] = recipe.calibration.batch_tokens
-        found["device"] = plan.calibration.device.name
-        if plan.calibration.device.kind == "cpu":
-            found["threads"] = plan.threads
-    return found
-
-
-def _sample(path: Path, size: int) -> str:
-    """SHA-256 over a few blocks spread over a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for number in range(1, SAMPLES + 1):
-            digest.update(os.pread(file.fileno(), SAMPLE_BYTES, size * number // (SAMPLES + 1)))
-    return digest.hexdigest()

@@ -22,7 +22,8 @@ from typing import Any
 
 from pipeline.checkpoint.result import EVENTS, places
 from pipeline.events import read_events
-from pipeline.journal import read_identity, read_pieces
+from pipeline.identity import compare
+from pipeline.journal import read_pieces, read_record
 from pipeline.plan.disk import scratch_need
 from pipeline.plan.plan import Plan
 from pipeline.report.outcome import Estimate, Outcome
@@ -111,7 +112,8 @@ class Work:
 def _finished_share(plan: Plan) -> float:
     """The share of the result that a stopped run of this identity has finished."""
     partial = places(plan.recipe.output)[1]
-    if not partial.is_dir() or read_identity(partial) != plan.identity:
+    begun = read_record(partial)
+    if begun is None or compare(begun, plan.identity).fields:
         return 0.0
     try:
         pieces = read_pieces(partial) or []

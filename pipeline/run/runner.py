@@ -11,18 +11,27 @@ from typing import TYPE_CHECKING
 
 from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint import hub
-from pipeline.checkpoint.result import EVENTS, LOCK, VERDICT, places
+from pipeline.checkpoint.result import EVENTS, JOURNAL, LOCK, VERDICT, places
 from pipeline.checkpoint.writer import is_empty_directory, lost_shards, publish
 from pipeline.errors import (
     Interrupted,
-    OtherRun,
     PipelineError,
     UsageError,
     VerificationFailed,
     attempt,
 )
 from pipeline.events import EventLog, recorded_layers
-from pipeline.journal import Journal, begun_to_replace, differences, differing, discard, fingerprint, read_identity
+from pipeline.identity import compare, other_run
+from pipeline.journal import (
+    Journal,
+    begun_to_replace,
+    compare_contents,
+    discard,
+    fingerprint,
+    read_identity,
+    read_record,
+    read_state,
+)
 from pipeline.machine.memory import peak_rss_bytes
 from pipeline.machine.signals import Stop, stop_on_signals
 from pipeline.plan.disk import check_disk
@@ -31,6 +40,7 @@ from pipeline.report import calibration as calibration_report
 from pipeline.report.outcome import Outcome
 from pipeline.run.finalize import finalize, record_verdict
 from pipeline.run.gates import Candidate, pass_gates
+from pipeline.run.moved import Say, contents_of
 from pipeline.run.published import listed, published
 from pipeline.run.redact import Redaction
 from pipeline.serving import profile
@@ -73,7 +83,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             console.say("importing torch and transformers, and reading the captions: this takes some seconds")
         plan = make_plan(recipe, checkpoint)
         replace = fresh or begun_to_replace(partial, plan.identity, output)
-        if preflight(plan, replace):
+        if preflight(plan, replace, console.say):
             return published(plan, output, console)
         environment = find_environment(recipe)
         console.show_plan(plan)
@@ -81,7 +91,10 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             console.say(how_verified(recipe, environment))
         before = read_identity(output) if replace else None
         replaces = fingerprint(before) if before is not None else None
-        journal = attempt(f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh, restart, replaces))
+        contents = contents_of(plan, console.say)
+        journal = attempt(
+            f"opening {partial}", lambda: Journal.open(partial, plan.identity, fresh, restart, replaces, contents)
+        )
         try:
             if journal.discarded:
                 console.say(f"starting over: what {partial} held is thrown away")
@@ -105,12 +118,13 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
     )  # fmt: skip
 
 
-def preflight(plan: Plan, replace: bool = False) -> bool:
+def preflight(plan: Plan, replace: bool = False, say: Say = lambda text: None) -> bool:
     """Everything that can be refused before the first byte; nothing is written.
 
     Args:
         plan: of the run.
         replace: a result of this program in `output` will be replaced; also where a stopped run was begun to do so.
+        say: told what takes long.
 
     Returns:
         Whether `output` is this very result already.
@@ -132,7 +146,7 @@ def preflight(plan: Plan, replace: bool = False) -> bool:
             raise UsageError(
                 f"runtime.work_directory: {work} is, or lies in, the output", remedy="choose another place"
             )
-    if _finished(plan, output, replace):
+    if _finished(plan, output, replace, say):
         return True
     attempt("looking at the disk", lambda: check_disk(plan, output, partial))
     return False
@@ -244,25 +258,28 @@ def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
 # --- guards ------------------------------------------------------------------------------------------
 
 
-def _finished(plan: Plan, output: Path, replace: bool) -> bool:
+def _finished(plan: Plan, output: Path, replace: bool, say: Say = lambda text: None) -> bool:
     """Whether `output` is this very result; anything else of that name is refused, unless `replace` allows it."""
     if (not output.exists() and not output.is_symlink()) or is_empty_directory(output):
         return False
-    found = read_identity(output) if output.is_dir() and not output.is_symlink() else None
-    if found is None:
+    record = read_record(output) if output.is_dir() and not output.is_symlink() else None
+    if record is None:
         raise UsageError(
             f"{output}: it exists and is no result of this program", remedy="move it, or choose another output"
         )
     if replace:
         return False
-    if found != plan.identity:
-        changed = "\n".join(f"  {line}" for line in differences(found, plan.identity))
-        raise OtherRun(
-            f"{output}: it is the result of another run, which differs in\n{changed}",
-            differing(found, plan.identity),
-            begun=False,
-            remedy="choose another output, or replace it with --fresh",
-        )
+    found = compare(record, plan.identity)
+    if found.moved:
+        try:
+            state = attempt(f"reading {output}", lambda: read_state(output))
+        except ValueError:
+            raise PipelineError(
+                f"{output / JOURNAL}: the journal is damaged", remedy="make the result again with --fresh"
+            ) from None
+        found = compare_contents(found, state, contents_of(plan, say))
+    if found.fields:
+        raise other_run(output, found, begun=False)
     if lost := lost_shards(output, plan.shards):
         raise PipelineError(
             f"{output}: {plan.shards[min(lost)].name} is missing or damaged, although this run had finished",

@@ -13,19 +13,23 @@ from pipeline.backends.fp8 import NonFiniteWeight, check_finite, transpose
 from pipeline.checkpoint.source import DTYPE_BYTES
 from pipeline.journal import Digest
 from pipeline.plan.layout import Piece, Write
-from pipeline.stream.tensor_bytes import digest_of, is_weight, not_finite
+from pipeline.stream.tensor_bytes import digest_of, is_weight, not_finite, source_hash
 
 Span = tuple[float, float]
 
 
 @dataclass
 class Result:
-    """A piece, computed: its bytes, their hashes and the spans of its stages in seconds since the epoch."""
+    """A piece, computed: its bytes, their hashes, that of its source, and the spans of its stages.
+
+    Spans are in seconds since the epoch.
+    """
 
     piece: Piece
     data: memoryview
     buffers: list[bytearray]
     digests: list[Digest]
+    source: str
     read: Span
     quantize: Span
     thread: str
@@ -66,10 +70,11 @@ class Compute:
     def __call__(self, piece: Piece, buffer: bytearray, read: Span) -> Result:
         """A piece that was read into `buffer`, with its hashes and times."""
         begin = time.time()
+        source = source_hash(memoryview(buffer)[: piece.nbytes])
         data, used = self.result(piece, memoryview(buffer)[: piece.nbytes])
         digests = [digest_of(write.tensor, write.offset, part) for write, part in parts(piece, data)]
         thread = threading.current_thread().name
-        return Result(piece, data, [buffer, *used], digests, read, (begin, time.time()), thread)
+        return Result(piece, data, [buffer, *used], digests, source, read, (begin, time.time()), thread)
 
     def result(self, piece: Piece, data: memoryview) -> tuple[memoryview, list[bytearray]]:
         """A piece's result, from its bytes, and the buffers that hold it until they are given back.

@@ -177,6 +177,7 @@ class _Writer:
         self._shards, self._checkpoint, self._journal, self._log = shards, checkpoint, journal, log
         self._unit: int | None = None
         self._digests: list[Digest] = []
+        self._sources: list[str] = []
         self._read_from: set[int] = set()
         self.totals = Totals()
 
@@ -190,6 +191,7 @@ class _Writer:
         for write, part in parts(piece, result.data):
             self._shards.write(write.shard, write.offset, part)
         self._digests.extend(result.digests)
+        self._sources.append(result.source)
         self._read_from.add(piece.shard)
         self.totals.bytes_read += piece.nbytes
         self.totals.bytes_written += piece.result_nbytes
@@ -215,9 +217,10 @@ class _Writer:
         for shard in self._read_from:
             refuse_changed(self._checkpoint.shards[shard])
         self._read_from.clear()
-        self._journal.finish(self._unit, list(self._digests))
+        self._journal.finish(self._unit, list(self._digests), None, list(self._sources))
         nbytes = sum(digest.nbytes for digest in self._digests)
         self._log.write("unit", unit=self._unit, bytes=nbytes, flush=[begin, time.time()])
         self._digests.clear()
+        self._sources.clear()
         self._unit = None
         self.totals.units += 1

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from pipeline.checkpoint.reader import announce, open_shard, read_exactly, refuse_changed
 from pipeline.checkpoint.source import Checkpoint, Tensor
 from pipeline.errors import Interrupted
-from pipeline.stream.tensor_bytes import is_weight, refuse_not_finite, torch_dtypes
+from pipeline.stream.tensor_bytes import is_weight, refuse_not_finite, source_hash, torch_dtypes
 
 ALIGNMENT = 64
 IN_FLIGHT = 2
@@ -37,6 +37,7 @@ class RawLayer:
 
     Attributes:
         tensors: by tensor name, torch's view of the bytes, with the source's dtype and shape, on the CPU.
+        hashes: by tensor name, of the bytes as they were read; see `source_hash`.
         span: when they were read, in seconds since the epoch.
     """
 
@@ -46,12 +47,14 @@ class RawLayer:
         self._starts: dict[str, tuple[Tensor, int]] = {}
         self._filled = 0
         self.tensors: dict[str, Any] = {}
+        self.hashes: dict[str, str] = {}
         self.span = (0.0, 0.0)
 
     def clear(self) -> None:
         """Forget the layer; its memory may be filled again."""
         self._starts.clear()
         self.tensors.clear()
+        self.hashes.clear()
         self._filled = 0
 
     def add(self, tensor: Tensor) -> memoryview:
@@ -141,6 +144,7 @@ class LayerReader:
                 for tensor in here:
                     data = raw.add(tensor)
                     read_exactly(file, shard, tensor.name, tensor.offset, data)
+                    raw.hashes[tensor.name] = source_hash(data)
                     self.reads[tensor.name] += 1
                     if is_weight(tensor.name):
                         refuse_not_finite(tensor.name, tensor.dtype, data)

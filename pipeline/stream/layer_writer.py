@@ -103,7 +103,7 @@ class LayerWriter:
         futures += [self._pool.submit(made_digests, name) for name in made]
         digests = [digest for future in futures for digest in future.result()]
         self._shards.flush()
-        self._journal.finish(unit.unit, digests, facts)
+        self._journal.finish(unit.unit, digests, facts, [raw.hashes[tensor.name] for tensor in unit.tensors])
         nbytes = sum(digest.nbytes for digest in digests)
         self.units += 1
         self.bytes_written += nbytes
