@@ -85,7 +85,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             if journal.discarded:
                 console.say(f"starting over: what {partial} held is thrown away")
                 _scratch(plan, partial).clear()
-            if _finished(plan, output, replace):  # another process published while this one waited for the lock
+            if finished(plan, output, replace):  # another process published while this one waited for the lock
                 discard(partial)
                 return published(plan, output, console)
             with _recorded(plan, journal, stop) as log:
@@ -119,6 +119,20 @@ def preflight(plan: Plan, replace: bool = False) -> bool:
     """
     output, partial = places(plan.recipe.output)
     replace = replace or begun_to_replace(partial, plan.identity, output)
+    refuse_unsound(plan)
+    if finished(plan, output, replace):
+        return True
+    attempt("looking at the disk", lambda: check_disk(plan, output, partial))
+    return False
+
+
+def refuse_unsound(plan: Plan) -> None:
+    """What is wrong with a recipe wherever its output stands: the serving profile, and places in one another.
+
+    Raises:
+        UsageError: one of these.
+    """
+    output, partial = places(plan.recipe.output)
     # refuses what no stated GPU can hold
     profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes, plan.source_dtypes)
     for place in (output, partial):
@@ -130,10 +144,6 @@ def preflight(plan: Plan, replace: bool = False) -> bool:
             raise UsageError(
                 f"runtime.work_directory: {work} is, or lies in, the output", remedy="choose another place"
             )
-    if _finished(plan, output, replace):
-        return True
-    attempt("looking at the disk", lambda: check_disk(plan, output, partial))
-    return False
 
 
 @contextmanager
@@ -232,7 +242,7 @@ def _gates(plan: Plan, partial: Path, log: EventLog, environment: VllmEnvironmen
 
 def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
     """Give the result its name, by one rename; `replace`: in the place of an earlier result, which is discarded."""
-    _finished(plan, output, replace)  # what stands there now may be replaced, or is refused
+    finished(plan, output, replace)  # what stands there now may be replaced, or is refused
     exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=replace))
     (output / LOCK).unlink(missing_ok=True)
     if exchanged:
@@ -242,7 +252,7 @@ def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
 # --- guards ------------------------------------------------------------------------------------------
 
 
-def _finished(plan: Plan, output: Path, replace: bool) -> bool:
+def finished(plan: Plan, output: Path, replace: bool) -> bool:
     """Whether `output` is this very result; anything else of that name is refused, unless `replace` allows it."""
     if (not output.exists() and not output.is_symlink()) or is_empty_directory(output):
         return False
