@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, library_messages
 from pipeline.errors import PipelineError, UsageError, from_os_error
 
 DEFAULT_COMMAND = "run"
@@ -109,14 +109,20 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline.checkpoint import hub
     from pipeline.plan import plan as plans
     from pipeline.recipe import recipe as recipes
+    from pipeline.report.console import Console
     from pipeline.report.plan import as_json as plan_as_json
     from pipeline.run.estimate import estimate_by_rule
     from pipeline.run.outlook import outlook
+    from pipeline.run.runner import say_imports
     from pipeline.verify.verify import find_environment, how_verified
+
+    console = Console(quiet=as_json)
 
     def make() -> tuple[plans.Plan, Any, Any, Any]:
         wanted = recipes.load(recipe, overrides)
-        made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
+        source = hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True)
+        say_imports(wanted, console)
+        made = plans.make_plan(wanted, source)
         found = outlook(made)
         environment = find_environment(wanted)
         estimate = estimate_by_rule(made, "structure" if environment is None else wanted.verify)
@@ -129,9 +135,6 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         if found.refusal is not None:
             _fail(found.refusal)
         return
-    from pipeline.report.console import Console
-
-    console = Console()
     console.show_plan_table(made)
     console.say(how_verified(made.recipe, environment))
     console.show_disk(made, found)
@@ -312,12 +315,14 @@ def _guarded(call: Any, interrupted: str = KEPT, as_json: bool = False) -> Any:
 
     With `as_json` an error is an object on standard output, too, for whoever reads that.
 
+    What other libraries say goes to the run's record, not to the terminal.
     SIGTERM and SIGHUP end it as Ctrl-C does, so that whatever cleans up behind itself can.
     """
     heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
-        return call()
+        with library_messages.collected():
+            return call()
     except PipelineError as error:
         _fail(error, as_json)
     except KeyboardInterrupt:

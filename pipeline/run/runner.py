@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import library_messages
 from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.result import EVENTS, LOCK, VERDICT, places
@@ -58,7 +59,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         console: what the user sees.
         fresh: replace a result of this program, and throw away what a stopped run of another recipe left. A stopped
             run of this recipe goes on, with or without `fresh`, and then replaces what it was begun to replace.
-        announce: say how the result will be verified; a smoke test does that itself, afterwards.
+        announce: say what is imported, and how the result will be verified; a smoke test does that itself.
         restart: throw away what a stopped run finished, whatever recipe it had.
 
     Raises:
@@ -66,10 +67,10 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
     """
     output, partial = places(recipe.output)
     begin = time.monotonic()
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, library_messages.collected():
         checkpoint = hub.resolve(recipe.model.source, recipe.model.revision)
-        if choose_backend(recipe).needs_data:
-            console.say("importing torch and transformers, and reading the captions: this takes some seconds")
+        if announce:
+            say_imports(recipe, console)
         plan = make_plan(recipe, checkpoint)
         replace = fresh or begun_to_replace(partial, plan.identity, output)
         if preflight(plan, replace):
@@ -101,6 +102,12 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         output, False, recorded_layers(output / EVENTS), totals, report, findings, time.monotonic() - begin,
         (plan.checkpoint.nbytes, plan.output_nbytes), serve_command(output, environment),
     )  # fmt: skip
+
+
+def say_imports(recipe: Recipe, console: Console) -> None:
+    """Why nothing is seen for a while, before the plan of a run that calibrates."""
+    if choose_backend(recipe).needs_data:
+        console.say("importing torch and transformers, and reading the captions: this takes some seconds")
 
 
 def preflight(plan: Plan, replace: bool = False) -> bool:
@@ -151,7 +158,8 @@ def _recorded(plan: Plan, journal: Journal, stop: Stop) -> Iterator[EventLog]:
     """The run's record of events; an interruption within is recorded, and says how to go on."""
     log = EventLog(journal.partial / EVENTS)
     try:
-        yield log
+        with library_messages.written(log.write):
+            yield log
     except Interrupted:
         if stop.error is not None:
             raise stop.error from None
