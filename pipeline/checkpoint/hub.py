@@ -31,8 +31,11 @@ OF_OTHER_FORMATS = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5"
 NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*", "README.md"]
 
 
-class NotThere(SourceError):
-    """A name that leads to nothing: no directory, and nothing on the hub or in its cache."""
+def _nowhere(message: str, remedy: str) -> SourceError:
+    """The error over a name that leads to nothing: no directory, and nothing on the hub or in its cache."""
+    error = SourceError(message, remedy=remedy)
+    error.leads_nowhere = True
+    return error
 
 
 def resolve(
@@ -54,15 +57,14 @@ def resolve(
 
     Raises:
         UsageError: the name is neither.
-        NotThere: it leads nowhere.
-        SourceError: the hub or the directory has no usable checkpoint.
+        SourceError: it leads nowhere (`leads_nowhere`), or the hub or the directory has no usable checkpoint.
     """
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")):
         if revision is not None:
             raise UsageError(f"{asked[1]}: {name} is a directory; a revision belongs to a hub id")
         if not path.exists():
-            raise NotThere(
+            raise _nowhere(
                 f"{path}: no such directory{seen_from(path)}",
                 remedy="name a directory with a checkpoint, or a hub id (org/name)",
             )
@@ -70,7 +72,7 @@ def resolve(
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{asked[0]}: {name!r} is no directory{seen_from(path)}, and no hub id (org/name)")
     if revision is None and (why := looks_local(name)) and not _is_cached(name):
-        raise NotThere(
+        raise _nowhere(
             f"{name}: no such directory{seen_from(path)}; {why}, so it is not looked for on the hub",
             remedy=f"correct the path, or, if it is a hub id, say so by its revision ({asked[2]})",
         )
@@ -221,16 +223,16 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
             f"{name}: the model is gated", remedy="accept its terms on the hub and set HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
-        raise NotThere(
+        raise _nowhere(
             f"{name}: there is no revision {revision}", remedy="see the model's page for its branches"
         ) from None
     except RepositoryNotFoundError:
-        raise NotThere(
+        raise _nowhere(
             f"{name}: not on the hub, or private, and no directory{seen_from(Path(name))}",
             remedy="check the name, or set HF_TOKEN",
         ) from None
     except LocalEntryNotFoundError:
-        raise NotThere(
+        raise _nowhere(
             f"{name}: no directory{seen_from(Path(name))}, not in the cache, and the hub cannot be reached",
             remedy="connect, unset HF_HUB_OFFLINE, or name a directory",
         ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.checkpoint import hub
-from pipeline.checkpoint.source import Checkpoint
+from pipeline.checkpoint.source import Checkpoint, SourceError
 from pipeline.errors import UsageError
 
 T = TypeVar("T")
@@ -57,5 +57,7 @@ def _there(resolve: Callable[[], T]) -> T:
     """A name that leads nowhere is the command line's mistake."""
     try:
         return resolve()
-    except hub.NotThere as error:
+    except SourceError as error:
+        if not error.leads_nowhere:
+            raise
         raise UsageError(error.message, remedy=error.remedy) from None
