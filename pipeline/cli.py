@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, library_messages
 from pipeline.errors import OtherRun, PipelineError, UsageError, from_os_error
 
 DEFAULT_COMMAND = "run"
@@ -102,38 +102,52 @@ def run_command(
 @OVERRIDES
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON: every tensor, every place.")
 def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show every tensor's action, the output's shards and the memory needed, from headers alone."""
+    """Show every tensor's action, the output's shards, memory, disk and time, from headers alone.
+
+    Also where the output exists: a note says what the run would make of it.
+    """
     from pipeline.checkpoint import hub
     from pipeline.plan import plan as plans
     from pipeline.recipe import recipe as recipes
+    from pipeline.report.console import Console
     from pipeline.report.plan import as_json as plan_as_json
-    from pipeline.run import runner
     from pipeline.run.estimate import estimate_by_rule
+    from pipeline.run.outlook import outlook
+    from pipeline.run.runner import say_imports
     from pipeline.verify.verify import find_environment, how_verified
 
-    def make() -> tuple[plans.Plan, Any, Any]:
+    console = Console(quiet=as_json)
+
+    def make() -> tuple[plans.Plan, Any, Any, Any]:
         wanted = recipes.load(recipe, overrides)
-        made = plans.make_plan(wanted, hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True))
-        runner.preflight(made)
+        source = hub.resolve(wanted.model.source, wanted.model.revision, headers_only=True)
+        say_imports(wanted, console)
+        made = plans.make_plan(wanted, source)
+        found = outlook(made)
         environment = find_environment(wanted)
-        return made, environment, estimate_by_rule(made, "structure" if environment is None else wanted.verify)
+        estimate = estimate_by_rule(made, "structure" if environment is None else wanted.verify)
+        return made, environment, estimate, found
 
-    made, environment, estimate = _guarded(make, as_json=as_json)
+    made, environment, estimate, found = _guarded(make, as_json=as_json)
     if as_json:
-        click.echo(json.dumps({"format": FORMAT, **plan_as_json(made, estimate)}))
+        error = {} if found.refusal is None else {"error": _error_fields(found.refusal)}
+        click.echo(json.dumps({"format": FORMAT, **plan_as_json(made, estimate, found), **error}))
+        if found.refusal is not None:
+            _fail(found.refusal)
         return
-    from pipeline.report.console import Console
-
-    console = Console()
     console.show_plan_table(made)
     console.say(how_verified(made.recipe, environment))
+    console.show_disk(made, found)
     console.show_estimate(estimate)
+    console.show_outlook(found)
+    if found.refusal is not None:
+        _fail(found.refusal)
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--source", help="What it was made from: a directory or a hub id.")
-@click.option("--revision", help="Of a hub id.")
+@click.option("--revision", help="Of the source, where that is a hub id.")
 @click.option(
     "--level",
     type=click.Choice(["structure", "load", "generate"]),
@@ -144,27 +158,30 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--vllm-python", help="The Python of vLLM's environment, if not in the usual place.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def verify(
-    checkpoint: Path, source: str | None, revision: str | None, level: str, vllm_python: str | None, as_json: bool
+    checkpoint: str, source: str | None, revision: str | None, level: str, vllm_python: str | None, as_json: bool
 ) -> None:
-    """Check a quantized checkpoint, whoever made it.
+    """Check a quantized checkpoint, whoever made it: a directory, or a hub id (org/name, or org/name@revision).
 
     Structure and recorded hashes; with --source every tensor's account and bytes; then vLLM's own loader, and its
-    engine where asked for. Exit status 1 says that something is wrong with it.
+    engine where asked for. Exit status 1 says that something is wrong with it, 2 that there is none of this name.
     """
-    from pipeline.checkpoint import hub
     from pipeline.report.console import Console
     from pipeline.verify import verify
+    from pipeline.verify.named import checkpoint_named, source_named
     from pipeline.vllm_env.environment import find
     from pipeline.vllm_env.worker import VllmWorker
 
     console = Console()
 
     def check() -> Any:
+        directory, name = checkpoint_named(checkpoint)
+        original = source_named(source, revision) if source else None
         found = None if level == "structure" else find(vllm_python, "--vllm-python")
-        original = hub.resolve(source, revision, asked=("--source", "--revision")) if source else None
         say = (lambda text: None) if as_json else console.say
         with VllmWorker(found) if found is not None else nullcontext() as worker:
-            return verify.verify(checkpoint, original, cast(verify.Level, level), worker, contents=True, say=say)
+            report = verify.verify(directory, original, cast(verify.Level, level), worker, contents=True, say=say)
+        report.checkpoint = name
+        return report
 
     report = _guarded(check, NOTHING_KEPT, as_json)
     if as_json:
@@ -298,12 +315,14 @@ def _guarded(call: Any, interrupted: str = KEPT, as_json: bool = False) -> Any:
 
     With `as_json` an error is an object on standard output, too, for whoever reads that.
 
+    What other libraries say goes to the run's record, not to the terminal.
     SIGTERM and SIGHUP end it as Ctrl-C does, so that whatever cleans up behind itself can.
     """
     heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
-        return call()
+        with library_messages.collected():
+            return call()
     except PipelineError as error:
         _fail(error, as_json)
     except KeyboardInterrupt:
@@ -320,18 +339,18 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _error_fields(error: PipelineError) -> dict[str, Any]:
+    text = "\n".join((error.message, *error.lines))
+    fields: dict[str, Any] = {"kind": error.kind, "message": text, "remedy": error.remedy}
+    fields["exit_status"] = error.exit_status
+    if isinstance(error, OtherRun):
+        fields["differences"] = error.differences
+    return fields
+
+
 def _fail(error: PipelineError, as_json: bool = False) -> NoReturn:
     if as_json:
-        text = "\n".join((error.message, *error.lines))
-        fields: dict[str, Any] = {
-            "kind": error.kind,
-            "message": text,
-            "remedy": error.remedy,
-            "exit_status": error.exit_status,
-        }
-        if isinstance(error, OtherRun):
-            fields["differences"] = error.differences
-        click.echo(json.dumps({"format": FORMAT, "error": fields}))
+        click.echo(json.dumps({"format": FORMAT, "error": _error_fields(error)}))
     for line in str(error).splitlines():
         click.echo(line if error.exit_status == 75 or line.startswith(" ") else f"error: {line}", err=True)
     sys.exit(error.exit_status)

@@ -228,6 +228,21 @@ def begun_to_replace(partial: Path, identity: dict[str, Any], output: Path) -> b
     return state.replaces == fingerprint(found)
 
 
+def finished_units(partial: Path, identity: dict[str, Any]) -> int | None:
+    """How many units a run of this identity has finished in `partial`; nothing there is changed.
+
+    Returns:
+        None where no run was begun.
+
+    Raises:
+        OtherRun: another run was begun there.
+        UsageError: the directory is not this tool's.
+    """
+    _refuse_strangers(partial)
+    path = partial / JOURNAL
+    return len(_read(path, identity, partial, mend=False).done) if path.exists() else None
+
+
 def read_pieces(directory: Path) -> list[Digest] | None:
     """The hashes that the run recorded, without units taken back; None without a journal.
 
@@ -346,8 +361,10 @@ def _bring_up_to_date(path: Path, identity: Mapping[str, Any]) -> None:
         write_file(path, _line(entry) + rest)
 
 
-def _read(path: Path, identity: dict[str, Any], partial: Path, contents: Contents | None = None) -> State:
-    """The journal of a run of this identity, without the line that a kill tore.
+def _read(
+    path: Path, identity: dict[str, Any], partial: Path, contents: Contents | None = None, mend: bool = True
+) -> State:
+    """The journal of a run of this identity; with `mend` a line that a kill tore is cut off.
 
     Raises:
         OtherRun: it is another run's.
@@ -358,8 +375,8 @@ def _read(path: Path, identity: dict[str, Any], partial: Path, contents: Content
     except FileNotFoundError:
         return State()
     whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) != len(raw):
-        os.truncate(path, len(whole))  # a kill tore the last line
+    if mend and len(whole) != len(raw):
+        os.truncate(path, len(whole))
     lines = whole.splitlines()
     if not lines:
         return State()

@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import RECIPE, all_tensors, assert_one_clear_line, make_plain_checkpoint
+from tests.hub_cache import COMMIT, NAME, lay_out_cache
 
-COMMIT = "5" * 40
 OTHER = "6" * 40
-NAME = "studio/tiny-llama"
 
 
 class Hub:
@@ -123,21 +122,6 @@ def offline(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def online(tmp_path: Path, hub: Hub) -> dict[str, str]:
     return {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-
-
-def lay_out_cache(home: Path, source: Path, commit: str = COMMIT, branch: str = "main") -> Path:
-    """The hub's cache as its documentation describes it: blobs, a snapshot of links, a ref."""
-    root = home / "hub" / f"models--{NAME.replace('/', '--')}"
-    (root / "blobs").mkdir(parents=True, exist_ok=True)
-    (root / "refs").mkdir(exist_ok=True)
-    (root / "refs" / branch).write_text(commit)
-    for path in (p for p in source.rglob("*") if p.is_file()):
-        blob = root / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
-        blob.write_bytes(path.read_bytes())
-        link = root / "snapshots" / commit / path.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob)
-    return root
 
 
 def test_a_cached_model_offline(tmp_path: Path, quantize: Any, write_recipe: Any, offline: dict) -> None:

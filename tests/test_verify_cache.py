@@ -485,7 +485,8 @@ def test_odd_contents_are_sentences_and_not_tracebacks(
 def test_what_is_not_quantized_is_said_to_be_so(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     report = check_structure(pairs["modelopt"][0])
     assert report.passed
-    assert report.notes == ["it is not quantized: config.json has no quantization_config, and no tensor holds codes"]
+    text = "not quantized: the weights are BF16, and config.json has no quantization_config"
+    assert report.notes == [text] and report.as_json()["quantized"] is False
     odd = shutil.copytree(pairs["modelopt"][0], tmp_path / "odd")
     edit_config(odd, lambda config: config.update(quantization_config="fp8"))
     assert check_structure(odd).problems == ["config.json: its quantization_config is 'fp8', and no object"]

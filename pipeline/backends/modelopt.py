@@ -22,6 +22,7 @@ from pipeline.backends.fp8 import NonFiniteWeight
 from pipeline.formats.base import Output, Requantized
 from pipeline.formats.kv_scales import E4M3_MAX, MODELOPT_NAMES, MODELOPT_OWN_NAMES, bf16_up, usable
 from pipeline.formats.methods import MODELOPT
+from pipeline.library_messages import quiet
 from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection
 
@@ -87,7 +88,6 @@ class ModelOptFP8:
 
     def load_libraries(self) -> None:
         """ModelOpt, which prints about itself while it is imported."""
-        from pipeline.model.skeleton import quiet
 
         with quiet():
             import modelopt.torch.export
@@ -147,7 +147,7 @@ class ModelOptFP8:
         from modelopt.torch.export.quant_utils import get_quant_config
         from modelopt.torch.export.unified_export_hf import _write_hf_export_config
 
-        from pipeline.model.skeleton import Skeleton, quiet
+        from pipeline.model.skeleton import Skeleton
 
         skeleton = Skeleton.build(checkpoint, selection, torch.device("cpu"))
         self.prepare(skeleton, selection)
@@ -167,8 +167,6 @@ class ModelOptFP8:
     def prepare(self, skeleton: Skeleton, selection: Selection) -> None:
         """ModelOpt's quantizers on the whole model: a bare layer would get none for keys and values."""
         import modelopt.torch.quantization as mtq
-
-        from pipeline.model.skeleton import quiet
 
         with quiet():
             mtq.quantize(skeleton.model, self.rules())
@@ -219,8 +217,6 @@ class ModelOptFP8:
     def calibrate(self, layer: Layer, forward: Callable[[], None], probe: Callable[[], Any]) -> Observed:
         """ModelOpt's max calibration; its weight quantizers see their weight once, not once a batch."""
         import modelopt.torch.quantization as mtq
-
-        from pipeline.model.skeleton import quiet
 
         observed = Observed()
         if self.balance:

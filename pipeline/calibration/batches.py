@@ -17,8 +17,8 @@ from typing import Any
 
 from pipeline.checkpoint.source import SourceError, read_json
 from pipeline.errors import UsageError
+from pipeline.library_messages import quiet
 from pipeline.model.batch import Batch
-from pipeline.model.skeleton import quiet
 
 BATCH_TOKENS = 4096  # computed at once: fills a GPU's matrix units, and stays small beside a layer
 DAY = "01 Jan 2026"  # for templates that name today's date: the same captions give the same tokens tomorrow

@@ -30,14 +30,23 @@ LOCAL_WORDS = frozenset({
     "local", "merged", "model", "models", "out", "output", "outputs", "result", "results", "run", "runs", "src", "tmp",
     "weights", "work",
 })  # fmt: skip
+OF_OTHER_FORMATS = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", "*.bin", "*.pt", "*.pth"]
 NEVER = ["*.safetensors", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.gguf", ".*"]
+
+
+def _nowhere(message: str, remedy: str) -> SourceError:
+    """The error over a name that leads to nothing: no directory, and nothing on the hub or in its cache."""
+    error = SourceError(message, remedy=remedy)
+    error.leads_nowhere = True
+    return error
 
 
 def resolve(
     name: str,
     revision: str | None,
     headers_only: bool = False,
-    asked: tuple[str, str] = ("model.source", "model.revision"),
+    asked: tuple[str, str, str] = ("model.source", "model.revision", "model.revision: main"),
+    whole: bool = False,
 ) -> Checkpoint:
     """The checkpoint that a recipe's ``model.source`` names.
 
@@ -46,18 +55,19 @@ def resolve(
         revision: branch, tag or commit; only for a hub id.
         headers_only: of a hub id that is not in the cache, fetch the shards' headers alone (by range
             requests) and leave the shards where they are: enough for a plan.
-        asked: what `name` and `revision` are called where they were given, for errors.
+        asked: what `name` and `revision` are called where they were given, for errors, and how a branch is written.
+        whole: of a hub id, fetch all that lies beside the weights, such as the records of a run of this tool.
 
     Raises:
         UsageError: the name is neither.
-        SourceError: the hub or the directory has no usable checkpoint.
+        SourceError: it leads nowhere (`leads_nowhere`), or the hub or the directory has no usable checkpoint.
     """
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")):
         if revision is not None:
             raise UsageError(f"{asked[1]}: {name} is a directory; a revision belongs to a hub id")
         if not path.exists():
-            raise SourceError(
+            raise _nowhere(
                 f"{path}: no such directory{seen_from(path)}",
                 remedy="name a directory with a checkpoint, or a hub id (org/name)",
             )
@@ -65,11 +75,18 @@ def resolve(
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{asked[0]}: {name!r} is no directory{seen_from(path)}, and no hub id (org/name)")
     if revision is None and (why := looks_local(name)) and not _is_cached(name):
-        raise SourceError(
+        raise _nowhere(
             f"{name}: no such directory{seen_from(path)}; {why}, so it is not looked for on the hub",
-            remedy=f"correct the path, or, if it is a hub id, say so by its revision ({asked[1]}: main)",
+            remedy=f"correct the path, or, if it is a hub id, say so by its revision ({asked[2]})",
         )
-    return _from_hub(name, revision, headers_only)
+    return _from_hub(name, revision, headers_only, whole)
+
+
+def with_revision(text: str) -> tuple[str, str | None]:
+    """The name and the revision of ``org/name@revision``; anything else has none."""
+    name, at, revision = text.rpartition("@")
+    is_id = bool(at and revision) and HUB_ID.fullmatch(name) is not None and not Path(text).expanduser().exists()
+    return (name, revision) if is_id else (text, None)
 
 
 def looks_local(name: str) -> str | None:
@@ -87,13 +104,16 @@ def _is_cached(name: str) -> bool:
     return (Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
 
 
-def _from_hub(name: str, revision: str | None, headers_only: bool) -> Checkpoint:
+def _from_hub(name: str, revision: str | None, headers_only: bool, whole: bool) -> Checkpoint:
     from huggingface_hub import snapshot_download
 
     def fetch(**patterns: Any) -> Path:
         return Path(_said(name, revision, lambda: snapshot_download(name, revision=revision, **patterns)))
 
-    root = fetch(allow_patterns=SMALL_FILES, ignore_patterns=NEVER)
+    if whole:
+        root = fetch(ignore_patterns=OF_OTHER_FORMATS)
+    else:
+        root = fetch(allow_patterns=SMALL_FILES, ignore_patterns=NEVER)
     commit = root.name
     if not (root / "config.json").exists():
         raise SourceError(
@@ -220,16 +240,16 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
             f"{name}: the model is gated", remedy="accept its terms on the hub and set HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
-        raise SourceError(
+        raise _nowhere(
             f"{name}: there is no revision {revision}", remedy="see the model's page for its branches"
         ) from None
     except RepositoryNotFoundError:
-        raise SourceError(
+        raise _nowhere(
             f"{name}: not on the hub, or private, and no directory{seen_from(Path(name))}",
             remedy="check the name, or set HF_TOKEN",
         ) from None
     except LocalEntryNotFoundError:
-        raise SourceError(
+        raise _nowhere(
             f"{name}: no directory{seen_from(Path(name))}, not in the cache, and the hub cannot be reached",
             remedy="connect, unset HF_HUB_OFFLINE, or name a directory",
         ) from None

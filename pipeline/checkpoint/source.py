@@ -36,9 +36,14 @@ MAX_SIDECAR_BYTES = 64 << 20
 
 
 class SourceError(PipelineError):
-    """The checkpoint cannot be used as it is."""
+    """The checkpoint cannot be used as it is.
+
+    Attributes:
+        leads_nowhere: there is nothing of its name, neither a directory nor on the hub.
+    """
 
     kind = "source"
+    leads_nowhere = False
 
 
 @dataclass(frozen=True, slots=True)

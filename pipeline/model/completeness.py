@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.source import Checkpoint, SourceError
+from pipeline.library_messages import quiet
 from pipeline.model.selection import TESTED_MODEL_TYPES, Selection
 
 # PEFT's names (LoRA, AdaLoRA, DoRA, LoHa, LoKr, IA3, OFT, BOFT, VeRA), those of torchtune and MLX among them
@@ -215,7 +216,7 @@ def by_class(checkpoint: Checkpoint, selection: Selection, strict: bool = False)
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    from pipeline.model.skeleton import Skeleton, quiet
+    from pipeline.model.skeleton import Skeleton
 
     try:
         skeleton = Skeleton.build(checkpoint, selection, torch.device("cpu"))

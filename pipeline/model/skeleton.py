@@ -7,7 +7,6 @@ makes them. tests/test_skeleton.py holds that equal for every family.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoint.source import Checkpoint, SourceError
+from pipeline.library_messages import quiet
 from pipeline.model.batch import Batch
 from pipeline.model.selection import Selection, attention_prefix, expert_modules
 
@@ -391,20 +391,3 @@ class _Names:
         path, pattern = self._known[shape]
         order = iter(numbers)
         return re.sub(r"(?<=\.)0(?=\.)", lambda _: next(order), path), pattern
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """What libraries print about their own progress is not this program's output; their errors still raise."""
-    import contextlib
-    import io
-    import warnings
-
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DiskFull, TooLarge
-from pipeline.machine.drives import drive_space
+from pipeline.machine.drives import DriveSpace, drive_space
 from pipeline.plan.plan import Plan
 from pipeline.units import size_text
 
@@ -32,6 +33,37 @@ def written_already(partial: Path) -> int:
             with contextlib.suppress(OSError):  # published, or thrown away, meanwhile
                 found += path.stat().st_blocks * 512
     return found
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """What a run takes of its drives, in bytes, and what these have.
+
+    Attributes:
+        needed: for the result, and for hidden states where they go to the same drive.
+        written: what a stopped run has written of it.
+        scratch: hidden states while it runs.
+        drive: where the result goes.
+        scratch_drive: where hidden states go, by the recipe's ``runtime.work_directory``; None for the same place.
+    """
+
+    needed: int
+    written: int
+    scratch: int
+    drive: DriveSpace
+    scratch_drive: DriveSpace | None
+
+
+def disk_use(plan: Plan, output: Path, partial: Path) -> DiskUse:
+    """What a run will take of its drives. Raises OSError."""
+    work = plan.recipe.runtime.work_directory
+    return DiskUse(
+        disk_need(plan),
+        written_already(partial),
+        scratch_need(plan),
+        drive_space(output.absolute().parent),
+        None if work is None else drive_space(Path(work).expanduser()),
+    )
 
 
 def check_disk(plan: Plan, output: Path, partial: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import rich.console
 
     from pipeline.journal import Journal
-    from pipeline.report.outcome import Estimate, Outcome, Smoke
+    from pipeline.report.outcome import Estimate, Outcome, Outlook, Smoke
     from pipeline.stream.totals import Totals
     from pipeline.verify.report import Report
 
@@ -132,6 +132,26 @@ class Console:
             f"estimate: about {time_text(estimate.seconds)} by a rough rule ({_parts_text(estimate)}); "
             "quantize RECIPE --smoke measures it"
         )
+
+    def show_disk(self, plan: Plan, outlook: Outlook) -> None:
+        """What a run takes of its drives, and what is free there."""
+        use = outlook.disk
+        parts = [f"disk: {size_text(plan.output_nbytes)} for the result"]
+        if use.written:
+            parts.append(f"{size_text(use.written)} of it written by an earlier run")
+        free = f"{size_text(use.drive.free)} free at {use.drive.directory}"
+        hidden = f"{size_text(use.scratch)} for hidden states meanwhile"
+        if use.scratch and use.scratch_drive is not None:
+            there = use.scratch_drive
+            parts += [f"{free}; {hidden}", f"{size_text(there.free)} free at {there.directory}"]
+        else:
+            parts += [hidden, free] if use.scratch else [free]
+        self.say(", ".join(parts))
+
+    def show_outlook(self, outlook: Outlook) -> None:
+        """What a run would make of what is at its output."""
+        for note in outlook.notes:
+            self.say(f"note: {note}")
 
     # --- during ---
 
@@ -290,7 +310,8 @@ class Console:
         verdict = "passed" if report.passed else f"FAILED, {len(report.problems)} problem(s)"
         how = "loaded" if report.level == "load" else "loaded and run"
         proof = f"{how} in {report.vllm['server']}" if report.proven_in_vllm else "structure; not validated in vLLM"
-        self.say_verdict("verification: ", verdict, report.passed, f" ({proof})" if report.passed else "")
+        said = [text for text in (report.not_quantized, proof if report.passed else None) if text]
+        self.say_verdict("verification: ", verdict, report.passed, f" ({'; '.join(said)})" if said else "")
 
 
 def _parts_text(estimate: Estimate) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import PipelineError
+from pipeline.plan.disk import DiskUse
 from pipeline.stream.totals import Totals
 from pipeline.verify.report import Report
+
+OutlookState = Literal["new", "begun", "published", "refused"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,26 @@ class Estimate:
     disk: tuple[int, int] = (0, 0)
     device: int = 0
     reading: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would find at its output now.
+
+    Attributes:
+        state: ``new``: it begins; ``begun``: it goes on where another stopped; ``published``: this very result is
+            there; ``refused``: what is at the output stands in its way.
+        notes: what the run would make of it, for a person.
+        units_done: that an earlier run of this recipe has finished.
+        disk: what it takes of the drives.
+        refusal: what ends the run wherever its output stands: the disk is too small. None where nothing does.
+    """
+
+    state: OutlookState
+    notes: tuple[str, ...]
+    units_done: int
+    disk: DiskUse
+    refusal: PipelineError | None
 
 
 @dataclass(frozen=True)

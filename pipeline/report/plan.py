@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.plan.calibration import CalibrationPlan
+from pipeline.plan.disk import DiskUse
 from pipeline.plan.plan import Plan
-from pipeline.report.outcome import Estimate
+from pipeline.report.outcome import Estimate, Outlook
 
 
 def summary(plan: Plan) -> list[dict[str, Any]]:
@@ -50,8 +51,20 @@ def _calibration_json(found: CalibrationPlan) -> dict[str, Any]:
     }
 
 
-def as_json(plan: Plan, estimate: Estimate) -> dict[str, Any]:
-    """The whole plan as plain data: every tensor, every place, and how long the run will take."""
+def _disk_json(disk: DiskUse) -> dict[str, Any]:
+    work = disk.scratch_drive
+    return {
+        "directory": str(disk.drive.directory),
+        "free_bytes": disk.drive.free,
+        "needed_bytes": disk.needed,
+        "written_bytes": disk.written,
+        "hidden_states_bytes": disk.scratch,
+        "work_directory": None if work is None else {"directory": str(work.directory), "free_bytes": work.free},
+    }
+
+
+def as_json(plan: Plan, estimate: Estimate, outlook: Outlook) -> dict[str, Any]:
+    """The whole plan as plain data: every tensor, every place, how long it will take, and what the run would find."""
     source = plan.checkpoint
     return {
         "source": {
@@ -81,6 +94,10 @@ def as_json(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "calibration": None if plan.calibration is None else _calibration_json(plan.calibration),
         "estimate": {"seconds": estimate.seconds, "parts": estimate.parts, "basis": estimate.basis},
+        "disk": _disk_json(outlook.disk),
+        "state": outlook.state,
+        "units_done": outlook.units_done,
+        "notes": list(outlook.notes),
         "tensors": [
             {
                 "name": action.tensor.name,

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import library_messages
 from pipeline.backends.registry import choose_backend
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.result import EVENTS, JOURNAL, LOCK, VERDICT, places
@@ -69,7 +70,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         console: what the user sees.
         fresh: replace a result of this program, and throw away what a stopped run of another recipe left. A stopped
             run of this recipe goes on, with or without `fresh`, and then replaces what it was begun to replace.
-        announce: say how the result will be verified; a smoke test does that itself, afterwards.
+        announce: say what is imported, and how the result will be verified; a smoke test does that itself.
         restart: throw away what a stopped run finished, whatever recipe it had.
 
     Raises:
@@ -77,10 +78,10 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
     """
     output, partial = places(recipe.output)
     begin = time.monotonic()
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, library_messages.collected():
         checkpoint = hub.resolve(recipe.model.source, recipe.model.revision)
-        if choose_backend(recipe).needs_data:
-            console.say("importing torch and transformers, and reading the captions: this takes some seconds")
+        if announce:
+            say_imports(recipe, console)
         plan = make_plan(recipe, checkpoint)
         replace = fresh or begun_to_replace(partial, plan.identity, output)
         if preflight(plan, replace, console.say):
@@ -99,7 +100,7 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
             if journal.discarded:
                 console.say(f"starting over: what {partial} held is thrown away")
                 _scratch(plan, partial).clear()
-            if _finished(plan, output, replace):  # another process published while this one waited for the lock
+            if finished(plan, output, replace):  # another process published while this one waited for the lock
                 discard(partial)
                 return published(plan, output, console)
             with _recorded(plan, journal, stop) as log:
@@ -116,6 +117,12 @@ def run(recipe: Recipe, console: Console, fresh: bool = False, announce: bool = 
         output, False, recorded_layers(output / EVENTS), totals, report, findings, time.monotonic() - begin,
         (plan.checkpoint.nbytes, plan.output_nbytes), serve_command(output, environment),
     )  # fmt: skip
+
+
+def say_imports(recipe: Recipe, console: Console) -> None:
+    """Why nothing is seen for a while, before the plan of a run that calibrates."""
+    if choose_backend(recipe).needs_data:
+        console.say("importing torch and transformers, and reading the captions: this takes some seconds")
 
 
 def preflight(plan: Plan, replace: bool = False, say: Say = lambda text: None) -> bool:
@@ -135,6 +142,20 @@ def preflight(plan: Plan, replace: bool = False, say: Say = lambda text: None) -
     """
     output, partial = places(plan.recipe.output)
     replace = replace or begun_to_replace(partial, plan.identity, output)
+    refuse_unsound(plan)
+    if finished(plan, output, replace, say):
+        return True
+    attempt("looking at the disk", lambda: check_disk(plan, output, partial))
+    return False
+
+
+def refuse_unsound(plan: Plan) -> None:
+    """What is wrong with a recipe wherever its output stands: the serving profile, and places in one another.
+
+    Raises:
+        UsageError: one of these.
+    """
+    output, partial = places(plan.recipe.output)
     # refuses what no stated GPU can hold
     profile.write(plan.recipe, plan.checkpoint.config, plan.output_nbytes, plan.source_dtypes)
     for place in (output, partial):
@@ -146,10 +167,6 @@ def preflight(plan: Plan, replace: bool = False, say: Say = lambda text: None) -
             raise UsageError(
                 f"runtime.work_directory: {work} is, or lies in, the output", remedy="choose another place"
             )
-    if _finished(plan, output, replace, say):
-        return True
-    attempt("looking at the disk", lambda: check_disk(plan, output, partial))
-    return False
 
 
 @contextmanager
@@ -157,7 +174,8 @@ def _recorded(plan: Plan, journal: Journal, stop: Stop) -> Iterator[EventLog]:
     """The run's record of events; an interruption within is recorded, and says how to go on."""
     log = EventLog(journal.partial / EVENTS)
     try:
-        yield log
+        with library_messages.written(log.write):
+            yield log
     except Interrupted:
         if stop.error is not None:
             raise stop.error from None
@@ -248,7 +266,7 @@ def _gates(plan: Plan, partial: Path, log: EventLog, environment: VllmEnvironmen
 
 def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
     """Give the result its name, by one rename; `replace`: in the place of an earlier result, which is discarded."""
-    _finished(plan, output, replace)  # what stands there now may be replaced, or is refused
+    finished(plan, output, replace)  # what stands there now may be replaced, or is refused
     exchanged = attempt(f"publishing {output}", lambda: publish(partial, output, replace=replace))
     (output / LOCK).unlink(missing_ok=True)
     if exchanged:
@@ -258,7 +276,7 @@ def _publish(plan: Plan, output: Path, partial: Path, replace: bool) -> None:
 # --- guards ------------------------------------------------------------------------------------------
 
 
-def _finished(plan: Plan, output: Path, replace: bool, say: Say = lambda text: None) -> bool:
+def finished(plan: Plan, output: Path, replace: bool, say: Say = lambda text: None) -> bool:
     """Whether `output` is this very result; anything else of that name is refused, unless `replace` allows it."""
     if (not output.exists() and not output.is_symlink()) or is_empty_directory(output):
         return False

@@ -62,6 +62,7 @@ def smoke(recipe: Recipe, console: Console, keep: bool = False) -> Smoke:
     environment = find_environment(recipe)
     # vLLM's imports take seconds, and so do the plan's and the copy
     with VllmWorker(environment).begin() if environment is not None else nullcontext() as worker:
+        runner.say_imports(recipe, console)
         plan = make_plan(recipe, whole)
         refusals = []
         try:

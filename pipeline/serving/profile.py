@@ -24,6 +24,7 @@ import yaml
 from pipeline.checkpoint.config import text_config
 from pipeline.checkpoint.result import PROFILE
 from pipeline.errors import PipelineError, UsageError
+from pipeline.library_messages import quiet
 from pipeline.recipe.sections import MAX_TOKENS, RopeScaling, Serve
 from pipeline.units import parse_size
 from pipeline.vllm_env.serve_arguments import name_problem
@@ -324,8 +325,6 @@ def class_values(part: Mapping[str, Any]) -> dict[str, Any]:
         part: the language model's config, or the whole.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # seconds, with torch
-
-    from pipeline.model.skeleton import quiet
 
     try:
         with quiet():

@@ -127,6 +127,9 @@ SECTIONS: dict[str, dict[str, Code]] = {
         "served-file-differs": _problem("A file that decides on a server's answers differs from the source's."),
     },
     "Tensors against the source": {
+        "source-of-other-shapes": _problem(
+            "The source that was named is another model: most of its tensors are not here, or have other shapes."
+        ),
         "tensor-lost": _problem("A tensor of the source is not in the checkpoint."),
         "tensor-changed": _problem("A tensor has another dtype or shape than what the source's is to become."),
         "tensor-unexpected": _problem("A tensor comes from nothing that the source has."),
@@ -141,6 +144,9 @@ SECTIONS: dict[str, dict[str, Code]] = {
         "file-hashes-missing": _problem("The record of the small files' hashes is not in the checkpoint."),
         "file-hash-differs": _problem("A small file is not the one that the run wrote."),
         "value-not-finite": _problem("A tensor holds NaN or infinity."),
+        "source-of-other-weights": _problem(
+            "Most weights are not those of the source that was named: it is another model of the same shapes."
+        ),
         "bytes-differ": _problem("A copied tensor's bytes differ from the source's."),
         "rounded-values-differ": _problem("A cast tensor is not the source's, rounded to its dtype."),
         "requantized-differs": _problem("A weight is not what the source's gives when it is quantized again."),

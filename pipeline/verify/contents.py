@@ -23,6 +23,7 @@ from pipeline.machine.system import default_threads
 from pipeline.model.fused import fused_groups
 from pipeline.model.selection import Selection, expected_modules, select
 from pipeline.verify.distance import FAR, distance_from, packed_names
+from pipeline.verify.other_source import by_contents
 from pipeline.verify.report import Report
 
 CHUNK = 16 << 20
@@ -112,13 +113,13 @@ def _check_files(result: Checkpoint, report: Report) -> None:
         report.checked.append("small files: SHA-256 as recorded by the run")
 
 
-def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, report: Report) -> str:
+def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, report: Report) -> str | None:
     """What stays against the source; what is quantized against the source quantized once more.
 
     Weights of a layout that is not made here, and those outside the language model that somebody quantized, are
     dequantized and compared as numbers, where their scales say how.
     """
-    selection, same, again, other, near, unread = select(source), 0, 0, 0, 0, 0
+    selection, same, cast, again, other, near, unread = select(source), 0, 0, 0, 0, 0, 0
     fewest = 8  # bits of a value
     identity = read_identity(result.root)
     scheme = of_result(method, identity) if method is not None else None
@@ -126,6 +127,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
     options: Mapping[str, Any] = (identity or {}).get("backend_options") or {}
     powers = _powers(result)
     reaches: dict[str, tuple[float, float]] = {}
+    report, whole = report.beside(), report
     for name, tensor in source.tensors.items():
         if is_cache_scale(tensor):  # the result's own are held against what the run measured
             continue
@@ -137,6 +139,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
                 report.add("bytes-differ", name, text)
         elif found is not None and found.shape == tensor.shape and {found.dtype, tensor.dtype} <= {*FLOAT_DTYPES}:
             kind = found.dtype
+            cast += 1
             if _as_dtype(read_tensor(source, tensor), tensor.dtype, kind) != read_tensor(result, found):
                 text = f"{name}: it holds other numbers than the source's, rounded to {kind}"
                 report.add("rounded-values-differ", name, text)
@@ -168,6 +171,9 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
                     f"{name}: what the checkpoint holds for it is {distance.share:.0%} away from the source's weight; "
                     f"{distance.cost}",
                 )
+    if (different := by_contents(report, same + cast, again + near, source)) is not None:
+        whole.take(different)
+        return None
     _check_coarse_scales(reaches, report)
     if unread:
         text = f"the codes of {unread} weights are in a layout whose numbers are not compared here"
@@ -176,6 +182,7 @@ def check_bytes(result: Checkpoint, source: Checkpoint, method: Format | None, r
         report.checked.append(
             f"{len(powers)} modules were equalized: the source times a power of two, against each other"
         )
+    whole.merge(report)
     bits = f"the same bits, but {other} made elsewhere and one rounding apart" if other else "the same bits"
     quantized = [f"{again} source tensors quantized once more: {bits}"] if again else []
     quantized += [f"{near} weights dequantized: within {FAR[fewest]:.0%} of the source's"] if near else []

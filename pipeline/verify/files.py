@@ -9,6 +9,7 @@ from pipeline.checkpoint import directory
 from pipeline.checkpoint.config import TIE, untied
 from pipeline.checkpoint.source import Checkpoint, SourceError, read_json
 from pipeline.formats.methods import SECTION
+from pipeline.library_messages import quiet
 from pipeline.model.selection import Selection, select
 from pipeline.verify.kv_cache import dtype_said
 from pipeline.verify.report import Report
@@ -167,13 +168,12 @@ def _means_the_same(result: Checkpoint, source: Checkpoint, own_head: bool) -> b
     With `own_head` what they say of a tied head is left aside: the shards know better.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of its own classes here
     made = []
     for checkpoint in (result, source):
         try:
-            values = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False).to_dict()
+            with quiet():
+                values = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False).to_dict()
         except Exception:  # a config that transformers cannot read means nothing in particular
             return False
         values.pop(SECTION, None)

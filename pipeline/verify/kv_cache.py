@@ -22,7 +22,7 @@ from pipeline.formats.methods import (
     without_scale,
 )
 from pipeline.model.selection import Selection, attention_prefix
-from pipeline.verify.report import Report
+from pipeline.verify.report import Finding, Report
 
 SCHEME = f"{SECTION}.kv_cache_scheme"
 LEAST, MOST = 2.0**-40, 2.0**20  # of a KV or input scale: ranges from 4e-10 to 5e8
@@ -87,9 +87,10 @@ def check_cache(
     ones = [a for a in sorted(attentions) if values.get((a, "k")) == 1.0 and values.get((a, "v")) == 1.0]
     if ones:
         text = f"{ones[0]}: k_scale and v_scale are both 1.0, in {len(ones)} layer(s), as in an uncalibrated cache"
-        report.add("kv-scale-one", ones[0], text)
+        covers = tuple(found[attention, key].name for attention in ones for key in "kv")
+        report.take(Finding("kv-scale-one", ones[0], text, covers=covers))
     if report.produced_here:
-        _check_against_calibration(result, values, report)
+        _check_against_calibration(result, values, found, report)
     _check_dtypes(result, found, report)
     _check_names(attentions, found, names, report)
     kinds = ", ".join(key for key in names if all((a, key) in found for a in attentions))
@@ -139,7 +140,9 @@ def _check_all_present(
         )
 
 
-def _check_against_calibration(result: Checkpoint, values: dict[tuple[str, str], float], report: Report) -> None:
+def _check_against_calibration(
+    result: Checkpoint, values: dict[tuple[str, str], float], found: dict[tuple[str, str], Tensor], report: Report
+) -> None:
     """Scales that this tool wrote are those of the amax that its run measured, in quantize/calibration.json."""
     path = result.root / CALIBRATION
     if not path.exists():
@@ -156,16 +159,17 @@ def _check_against_calibration(result: Checkpoint, values: dict[tuple[str, str],
         }
         if {("k", "v"), ("v", "k")} <= fits and not {("k", "k"), ("v", "v")} & fits:
             text = f"{attention}: k_scale and v_scale are swapped: each is what the run measured for the other"
-            report.add("kv-scales-swapped", attention, text)
+            covers = tuple(found[attention, key].name for key in "kv")
+            report.take(Finding("kv-scales-swapped", attention, text, covers=covers))
             continue
         for key in "kvq":
             if (attention, key) in values and key in amax and (key, key) not in fits:
-                report.add(
-                    "kv-scale-not-measured",
-                    f"{attention}.{key}_scale",
+                text = (
                     f"{attention}.{key}_scale: {values[attention, key]:.6g} is not the amax that the run measured, "
-                    f"{float(amax[key]):.6g}, over {E4M3_MAX:g}",
+                    f"{float(amax[key]):.6g}, over {E4M3_MAX:g}"
                 )
+                name = found[attention, key].name
+                report.take(Finding("kv-scale-not-measured", f"{attention}.{key}_scale", text, covers=(name,)))
 
 
 def _is_scale_of(value: float, amax: float) -> bool:

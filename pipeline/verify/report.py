@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.verify.codes import CODES, FindingLevel
 
+NOT_QUANTIZED = "not-quantized"
 LEVELS = ("structure", "load", "generate")  # of `verify`, each further than the one before
 
 
@@ -21,12 +22,14 @@ class Finding:
             are several; empty for the checkpoint as a whole.
         text: a sentence that says it; it names the subject itself.
         remedy: what to do about it; None where nothing general can be said.
+        covers: the tensors that it is about, where `subject` names what they belong to.
     """
 
     code: str
     subject: str
     text: str
     remedy: str | None = None
+    covers: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -85,6 +88,10 @@ class Report:
         self.vllm = {**self.vllm, **other.vllm}
         self.proven_in_vllm = (self.proven_in_vllm or other.proven_in_vllm) and self.passed
 
+    def beside(self) -> Report:
+        """An empty report on the same checkpoint, for what is not known to belong here."""
+        return Report(self.checkpoint, self.source, self.produced_here, library_config=self.library_config)
+
     def level_of(self, finding: Finding) -> FindingLevel | None:
         """Whether a finding is a problem in this checkpoint, or a note."""
         return CODES[finding.code].level(self.produced_here)
@@ -104,6 +111,11 @@ class Report:
         """Whether no problem was found."""
         return not self.problems
 
+    @property
+    def not_quantized(self) -> str | None:
+        """What says that nothing is quantized in it; None where something is, or its config cannot be read."""
+        return next((finding.text for finding in self.findings if finding.code == NOT_QUANTIZED), None)
+
     def as_json(self) -> dict[str, Any]:
         """Plain data, as quantize/verify.json holds it; JSON has no NaN and no infinity, which become words."""
         made: dict[str, Any] = _plain(
@@ -111,6 +123,7 @@ class Report:
                 "checkpoint": self.checkpoint,
                 "source": self.source,
                 "passed": self.passed,
+                "quantized": self.not_quantized is None,
                 "checked": self.checked,
                 "problems": self.problems,
                 "notes": self.notes,

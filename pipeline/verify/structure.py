@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ from pipeline.verify.accounts import check_accounts
 from pipeline.verify.files import check_config, check_tokenizer
 from pipeline.verify.ignore_list import check_ignore
 from pipeline.verify.kv_cache import check_cache
+from pipeline.verify.other_source import OTHER_WEIGHTS, by_headers
 from pipeline.verify.quant_config import check_hf_quant_config, check_section
-from pipeline.verify.report import Report
+from pipeline.verify.report import NOT_QUANTIZED, Report
+from pipeline.verify.scale_findings import once
 from pipeline.verify.scales import check_scales, check_scales_of_any_layout
+
+MAIN_SHARE = 0.1  # of a checkpoint's bytes: a dtype of fewer is that of a few buffers or scales
 
 
 def check_structure(directory: Path, source: Checkpoint | None = None, contents: bool = False) -> Report:
@@ -76,19 +81,31 @@ def _check_all(result: Checkpoint, source: Checkpoint | None, contents: bool, re
         run("scales", check_scales_of_any_layout, result, section, report)
     if section is not None and selection is not None:
         run("KV-cache scales", check_cache, result, selection, section, method, report)
+    accounts, compared = report.beside(), report.beside()
+    if source is not None:
+        _run(accounts, "tensors", check_accounts, result, source, ignore, section, method, accounts)
+        other = by_headers(accounts, result, source)
+        if other is None and contents:
+            from pipeline.verify.contents import check_bytes
+
+            _run(compared, "contents", check_bytes, result, source, method, compared)
+            other = next((finding for finding in compared.findings if finding.code == OTHER_WEIGHTS), None)
+        if other is not None:  # said first, and instead of what follows from it
+            report.findings.insert(0, other)
+            accounts, compared, source = report.beside(), report.beside(), None
     run("tokenizer", check_tokenizer, result, selection, source, report)
     if method is not None and method.quant_algo is not None and section is not None:
         run(OLD_FILE, check_hf_quant_config, result, section, report)
+    report.merge(accounts)
     if source is not None:
-        run("tensors", check_accounts, result, source, ignore, section, method, report)
         run("config", check_config, result, source, report)
     if contents:
-        from pipeline.verify.contents import check_bytes, check_hashes, check_numbers
+        from pipeline.verify.contents import check_hashes, check_numbers
 
         run("hashes", check_hashes, result, report)
         run("numbers", check_numbers, result, report)
-        if source is not None:
-            run("contents", check_bytes, result, source, method, report)
+    report.merge(compared)
+    report.findings = once(report.findings)
 
 
 def read_back(result: Checkpoint, stop: threading.Event) -> Report:
@@ -154,8 +171,12 @@ def _check_unquantized(result: Checkpoint, report: Report) -> None:
         text = f"config.json: its {SECTION} is {result.config[SECTION]!r}, and no object"
         report.add("section-not-object", SECTION, text)
     else:
-        text = f"it is not quantized: config.json has no {SECTION}, and no tensor holds codes"
-        report.add("not-quantized", "config.json", text)
+        sizes: Counter[str] = Counter()
+        for tensor in result.tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        kinds = " and ".join(kind for kind, nbytes in sizes.most_common() if nbytes >= MAIN_SHARE * sizes.total())
+        text = f"not quantized: the weights are {kinds}, and config.json has no {SECTION}"
+        report.add(NOT_QUANTIZED, "config.json", text)
 
 
 def _selection(result: Checkpoint, method: Format | None, report: Report) -> Selection | None:

@@ -25,6 +25,7 @@ from pipeline.model.completeness import by_class
 from pipeline.model.selection import select
 from pipeline.serving.cache_need import cache_need
 from pipeline.serving.profile import cache_bytes_per_token, stated_dtype
+from pipeline.verify.other_source import is_other
 from pipeline.verify.report import Finding, Report
 from pipeline.verify.structure import check_structure, read_back
 from pipeline.verify.unjudged import unjudged, without_kernel
@@ -67,6 +68,8 @@ def verify(
         The report; it never raises over what is wrong with the checkpoint.
     """
     report = check_structure(directory, source, contents)
+    if is_other(report):
+        source = None
     said = check_in_vllm(directory, source, level, worker, report, say, read_bytes=not contents)
     _defer_to_vllm(report, said)
     report.merge(said)
