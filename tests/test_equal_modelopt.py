@@ -101,6 +101,31 @@ def test_exact_mode_is_modelopt(
         assert ours == other, file
 
 
+def test_exact_mode_names_what_transformers_leaves_out(source_of: Callable, warm: Warm, tmp_path: Path) -> None:
+    """Layers of multi-token prediction stay in the result, and ModelOpt's config says so in ModelOpt's own form."""
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.verify.structure import check_structure
+
+    source = shutil.copytree(source_of("qwen3"), tmp_path / "source")
+    (index,) = source.glob("*.index.json")
+    listed = json.loads(index.read_text())
+    more = {
+        name: torch.ones(64, 64, dtype=torch.bfloat16) for name in ("mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight")
+    }
+    save_file(more, source / "mtp.safetensors", metadata={"format": "pt"})
+    index.write_text(
+        json.dumps({**listed, "weight_map": {**listed["weight_map"], **dict.fromkeys(more, "mtp.safetensors")}})
+    )
+    done = warm(write_recipe(tmp_path / "r.yaml", source, tmp_path / "out", 16, EXACT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    older = json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]
+    assert section["ignore"][-1] == older["exclude_modules"][-1] == "mtp*"
+    assert check_structure(tmp_path / "out", open_checkpoint(source), contents=True).passed
+
+
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "internvl", "llava"])
 def test_exact_results_of_tied_vision_language_models_are_published(
     name: str, source_of: Callable, warm: Warm, tmp_path: Path

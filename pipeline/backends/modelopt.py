@@ -145,7 +145,7 @@ class ModelOptFP8:
             revert_quant_config_names,
         )
         from modelopt.torch.export.quant_utils import get_quant_config
-        from modelopt.torch.export.unified_export_hf import _write_hf_export_config
+        from modelopt.torch.export.unified_export_hf import _add_mtp_exclusions, _write_hf_export_config
 
         from pipeline.model.skeleton import Skeleton
 
@@ -157,6 +157,9 @@ class ModelOptFP8:
                 mapper = build_reverse_name_mapper(skeleton.model)
                 if mapper is not None:
                     revert_quant_config_names(found["quantization"], mapper)
+            # transformers leaves these weights out, so that ModelOpt's export does not know of them
+            skeleton.model._mtp_layer_prefixes = _unknown_parts(skeleton, selection)
+            _add_mtp_exclusions(skeleton.model, found)
             skeleton.model.config.save_pretrained(directory)
             _write_hf_export_config(skeleton.model, found, directory)
             names = ("config.json", "hf_quant_config.json")
@@ -363,6 +366,17 @@ def _shared_ranges(layer: Layer) -> dict[str, float]:
         largest = max(_amax(layer.linears[name].weight_quantizer) for name in group)
         shared.update(dict.fromkeys(group, largest))
     return shared
+
+
+def _unknown_parts(skeleton: Skeleton, selection: Selection) -> list[str]:
+    """Parts of the checkpoint that the model's class has no module for, such as layers of multi-token prediction."""
+    known = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
+    parts = dict.fromkeys(selection.outside, True)
+    for name in selection.choices:
+        for part in parts:
+            if name.startswith(f"{part}.") and skeleton.path_of(name) in known:
+                parts[part] = False
+    return [part for part, unknown in parts.items() if unknown]
 
 
 def ignore_entries(selection: Selection) -> list[str]:
