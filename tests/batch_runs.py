@@ -143,13 +143,13 @@ def twelve(root: Path, captions: Path, small_model: Callable[[str], Path]) -> Ba
 
 def with_a_hole(directory: Path, nbytes: int) -> Path:
     """A checkpoint whose last tensor has so many bytes, or a few more; on the drive it is a hole."""
-    make_plain_checkpoint(directory, shards=1)
+    last, columns = "visual.merger.weight", 64
+    make_plain_checkpoint(directory, shards=1, extra={last: (1, columns)})
     path = directory / "model.safetensors"
     header, data = read_shard(path)
-    columns = header["lm_head.weight"]["shape"][1]
     rows = nbytes // (2 * columns) + 1
-    begin = header["lm_head.weight"]["data_offsets"][0]
-    header["lm_head.weight"].update(shape=[rows, columns], data_offsets=[begin, begin + 2 * rows * columns])
+    begin = header[last]["data_offsets"][0]
+    header[last].update(shape=[rows, columns], data_offsets=[begin, begin + 2 * rows * columns])
     write_shard(path, header, data[:begin])
     os.truncate(path, path.stat().st_size + 2 * rows * columns)
     return directory

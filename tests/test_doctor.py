@@ -41,7 +41,7 @@ def test_a_healthy_machine_is_fit(machine: Machine, recipe_of: Any) -> None:
         "a run computes with 8 thread(s)",
         "OMP_NUM_THREADS=8",
         "ext4 at /",
-        "18 libraries of the versions asked for, the main ones as tested",
+        "19 libraries of the versions asked for, the main ones as tested",
         "vllm 0.32.0 of",
         "become",
     ):

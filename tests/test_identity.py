@@ -340,9 +340,9 @@ def test_what_is_no_recipe_key_is_said_in_words() -> None:
 def test_programs_get_the_differences_as_data(recipe: Path) -> None:
     run(recipe)
     done = CliRunner().invoke(main, ["plan", "--json", str(recipe), "shard_size=1MB"])
-    error = json.loads(done.stdout.splitlines()[-1])["error"]
-    assert done.exit_code == 2 and error["kind"] == "recipe"
-    assert [(each["key"], each["then"], each["now"]) for each in error["differences"]] == [
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert done.exit_code == 0 and plan["state"] == "refused"
+    assert [(each["key"], each["then"], each["now"]) for each in plan["differences"]] == [
         ("shard_size", 5_000_000_000, 1_000_000)
     ]
 

@@ -207,7 +207,7 @@ def test_a_path_that_leads_nowhere_says_from_where(tmp_path: Path, monkeypatch: 
 def test_what_looks_like_a_path_is_not_sent_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def from_hub(name: str, revision: str | None, headers_only: bool) -> None:
+    def from_hub(name: str, revision: str | None, headers_only: bool, whole: bool) -> None:
         asked.append(name)
 
     monkeypatch.setattr(hub, "_from_hub", from_hub)

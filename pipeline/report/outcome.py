@@ -75,6 +75,7 @@ class Outlook:
         units_done: that an earlier run of this recipe has finished.
         disk: what it takes of the drives.
         refusal: what ends the run wherever its output stands: the disk is too small. None where nothing does.
+        differences: from the run that stands there, as plain data; see `pipeline.errors.OtherRun`.
     """
 
     state: OutlookState
@@ -82,6 +83,7 @@ class Outlook:
     units_done: int
     disk: DiskUse
     refusal: PipelineError | None
+    differences: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

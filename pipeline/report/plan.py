@@ -98,6 +98,7 @@ def as_json(plan: Plan, estimate: Estimate, outlook: Outlook) -> dict[str, Any]:
         "state": outlook.state,
         "units_done": outlook.units_done,
         "notes": list(outlook.notes),
+        "differences": list(outlook.differences),
         "tensors": [
             {
                 "name": action.tensor.name,
