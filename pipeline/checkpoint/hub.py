@@ -6,6 +6,7 @@ HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean everywhere
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,11 @@ def _nowhere(message: str, remedy: str) -> SourceError:
     error = SourceError(message, remedy=remedy)
     error.leads_nowhere = True
     return error
+
+
+def _online() -> str:
+    """How to reach the hub: what keeps huggingface_hub from it is named where it is set."""
+    return "unset HF_HUB_OFFLINE, " if os.environ.get("HF_HUB_OFFLINE") else "connect, "
 
 
 def resolve(
@@ -129,7 +135,7 @@ def _from_hub(name: str, revision: str | None, headers_only: bool, whole: bool) 
         if absent:
             raise SourceError(
                 f"{name}: {absent[0]} is not in the cache and cannot be fetched",
-                remedy="unset HF_HUB_OFFLINE or complete the cache",
+                remedy=f"{_online()}or complete the cache",
             )
     return open_checkpoint(root, name, commit, SMALL_FILES)
 
@@ -251,7 +257,7 @@ def _said(name: str, revision: str | None, call: Callable[[], Any]) -> Any:
     except LocalEntryNotFoundError:
         raise _nowhere(
             f"{name}: no directory{seen_from(Path(name))}, not in the cache, and the hub cannot be reached",
-            remedy="connect, unset HF_HUB_OFFLINE, or name a directory",
+            remedy=f"{_online()}or name a directory",
         ) from None
     except HFValidationError as error:
         raise UsageError(f"{name}: {' '.join(str(error).split())}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ class Stop:
         if not self._deferred or (self.number is not None and number != signal.SIGHUP):
             self.forced = True
             raise KeyboardInterrupt
+        if self.number is None and os.isatty(2):  # written past Python's buffers, which a handler may find half full
+            os.write(
+                2, b"\nstopping at the end of what is under way, so that nothing is lost; once more ends it at once\n"
+            )
         self.number = self.number or number
         self.requested.set()
 

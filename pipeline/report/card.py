@@ -116,7 +116,7 @@ def _metadata(plan: Plan) -> ModelCardData:
         license_link=said.license_link if same else None,
         language=languages[0] if len(languages) == 1 else languages or None,
         base_model=base,
-        base_model_relation=relation,
+        base_model_relation=relation if base else None,
         library_name="vllm",
         pipeline_tag=said.pipeline_tag or usual,
         tags=[*own, *others],
