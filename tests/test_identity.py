@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,16 @@ from pipeline import identity as identities
 from pipeline.checkpoint import hub
 from pipeline.checkpoint.result import JOURNAL
 from pipeline.cli import main
-from pipeline.errors import Interrupted, OtherRun
+from pipeline.errors import OtherRun
 from pipeline.events import read_events
 from pipeline.identity import Identity, Recorded, compare
-from pipeline.journal import Journal, read_identity, read_record
+from pipeline.journal import read_identity, read_record
 from pipeline.plan import layout
 from pipeline.plan.identity import _sample
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.recipe import load
-from pipeline.report.console import Console
-from pipeline.report.outcome import Outcome
-from pipeline.run import runner
 from tests.conftest import CALIBRATED, SENTENCES, all_tensors, make_plain_checkpoint, read_shard
+from tests.stopping import run, stopped
 
 FIRST = "model-00001-of-00002.safetensors"
 QUANTIZED, COPIED, LAST = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
@@ -49,25 +46,9 @@ def recipe(source: Path, write_recipe: Any) -> Path:
     return made
 
 
-def run(recipe: Path, *overrides: str, **options: bool) -> Outcome:
-    return runner.run(load(recipe, overrides), Console(), **options)
-
-
 def stop(recipe: Path, *overrides: str, after: int = 4, **options: bool) -> int:
-    """Run until a real signal, after so many finished units; returns how many there are."""
-    finish, seen = Journal.finish, []
-
-    def counted(self: Journal, unit: int, *arguments: Any) -> None:
-        finish(self, unit, *arguments)
-        seen.append(unit)
-        if len(seen) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "finish", counted)
-        with pytest.raises(Interrupted):
-            run(recipe, *overrides, **options)
-    return len(seen)
+    """`stopped`, in the middle of a source's units."""
+    return stopped(recipe, *overrides, after=after, **options)
 
 
 def flip(source: Path, tensor: str, keep_time: bool = False) -> Path:

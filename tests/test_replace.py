@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +10,12 @@ from click.testing import CliRunner
 
 from pipeline.checkpoint.result import JOURNAL
 from pipeline.cli import main
-from pipeline.errors import Interrupted, OtherRun
+from pipeline.errors import OtherRun
 from pipeline.events import read_events
-from pipeline.journal import Journal, read_identity
+from pipeline.journal import read_identity
 from pipeline.plan import layout
-from pipeline.recipe.recipe import load
-from pipeline.report.console import Console
-from pipeline.report.outcome import Outcome
-from pipeline.run import runner
 from tests.conftest import all_tensors, make_plain_checkpoint
+from tests.stopping import run, stopped
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 OTHER = "ignore=['re:.*down_proj']"
@@ -33,27 +28,6 @@ def old(tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> P
     recipe: Path = write_recipe(make_plain_checkpoint(tmp_path / "source", layers=4))
     run(recipe)
     return recipe
-
-
-def run(recipe: Path, *overrides: str, **options: bool) -> Outcome:
-    return runner.run(load(recipe, overrides), Console(), **options)
-
-
-def stopped(recipe: Path, *overrides: str, after: int = 2, **options: bool) -> int:
-    """The units that a run has finished when a real signal stops it."""
-    finish, seen = Journal.finish, []
-
-    def counted(self: Journal, unit: int, *arguments: Any) -> None:
-        finish(self, unit, *arguments)
-        seen.append(unit)
-        if len(seen) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "finish", counted)
-        with pytest.raises(Interrupted, match="run the same command again to go on"):
-            run(recipe, *overrides, **options)
-    return len(seen)
 
 
 def units_before(output: Path) -> list[int]:
